@@ -1,0 +1,777 @@
+"""Data, augmentation and losses of the five trainers. No file here imports another of the project.
+
+Three parts, each usable on its own:
+
+- **Data**: `load_data` finds the images, `Batches` serves them, from memory or from disk.
+- **Augmentation**: `Augment`, batched, on the training device, random per sample.
+- **Losses**: `nt_xent`, `info_nce`, `byol_loss`, `barlow_twins`, `dimcl`, and `gather` for several ranks.
+
+Whatever is random is a pure function of (seed, step, view): see `generator`. Nothing has to be saved in
+order to continue a run, and neither the number of workers nor that of ranks changes a batch.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torchvision import datasets
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.functional import pil_to_tensor
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU random generator whose numbers are a pure function of `key`, integers of at least 0.
+
+    Always on the CPU: the host then knows which samples an operation concerns and never has to ask the
+    device, and a run draws the same numbers on every kind of device.
+    """
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Copies to `device`; towards a GPU through pinned memory, because other copies wait for the device."""
+    tensor = torch.as_tensor(array)
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+class DataError(ValueError):
+    """Images that are absent or unusable. The message is one line, written for the user."""
+
+
+@dataclass
+class InMemory:
+    """Images of one size in one tensor: `pixels` (N, 3, H, W) uint8, `labels` (N,) int64 or None."""
+
+    pixels: Tensor
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, rows: np.ndarray) -> "InMemory":
+        """The images at `rows`."""
+        return InMemory(
+            self.pixels[torch.from_numpy(rows)], None if self.labels is None else self.labels[rows]
+        )
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of some of the images, in pixels; here all have the same."""
+        return [tuple(self.pixels.shape[2:])]
+
+
+class OnDisk:
+    """Image files below `folder`, decoded anew each time they are shown.
+
+    files: (N,) array of bytes, paths relative to `folder`. One array and not a list of strings: workers
+    share its memory, where touching a list's reference counts would copy it into each of them.
+    labels: (N,) int64 or None.
+    """
+
+    def __init__(self, folder: str | Path, files: np.ndarray, labels: np.ndarray | None = None):
+        self.folder, self.files, self.labels = os.fsencode(folder), files, labels
+        self.broken: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, rows: np.ndarray) -> "OnDisk":
+        """The images at `rows`."""
+        return OnDisk(self.folder, self.files[rows], None if self.labels is None else self.labels[rows])
+
+    def path(self, index: int) -> str:
+        return os.fsdecode(os.path.join(self.folder, self.files[index]))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of up to 16 images spread evenly over the files, in pixels."""
+        some = np.linspace(0, len(self) - 1, min(16, len(self))).astype(int)
+        return [tuple(self.read(i)[1].shape[1:]) for i in some]
+
+    def read(self, index: int) -> tuple[int, Tensor, list[int]]:
+        """Decodes image `index`, or in place of an unreadable one the next that can be read.
+
+        Returns the index of the image that was read, its pixels (3, H, W) uint8, the unreadable indices.
+        """
+        failed = []
+        for i in range(index, index + 100):
+            path = self.path(i % len(self))
+            try:
+                try:
+                    pixels = decode_image(path, mode=ImageReadMode.RGB)
+                except RuntimeError:  # a format that torchvision has no decoder for (BMP, TIFF): ask Pillow
+                    pixels = pil_to_tensor(datasets.folder.default_loader(path))
+                return i % len(self), pixels, failed
+            except (OSError, ValueError, RuntimeError, SyntaxError):  # Pillow's words for a broken file
+                failed.append(i % len(self))
+        raise DataError(f"{self.path(index)} and the 99 files after it cannot be read as images")
+
+    def note_broken(self, failed: Iterable[int]) -> None:
+        """Names each unreadable file once; more than 1 % of them is an error."""
+        for i in set(failed) - self.broken:
+            self.broken.add(i)
+            print(f"unreadable image, replaced by the next one: {self.path(i)}", file=sys.stderr, flush=True)
+        if len(self.broken) > 0.01 * len(self):
+            raise DataError(
+                f"{len(self.broken)} of {len(self)} images in {os.fsdecode(self.folder)} cannot be read (limit 1 %), "
+                f"the last one {self.path(max(self.broken))}: remove or repair them"
+            )
+
+
+Images = InMemory | OnDisk
+
+
+class Data(NamedTuple):
+    """`pretrain`: images without regard to labels; `train`, `val`: labelled, for the probe, or None."""
+
+    pretrain: Images
+    train: Images | None
+    val: Images | None
+
+
+MEMORY_LIMIT = 4 << 30  # bytes of decoded images that a folder may take in memory
+ARCHIVES = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
+
+
+def load_data(name_or_path: str, root: str = "data") -> Data:
+    """Finds the images that `name_or_path` stands for.
+
+    Names: `shapes` (drawn, no files), `cifar10`, `cifar100`, `stl10` (downloaded into `root` by torchvision,
+    checksums verified), `imagenet`, `imagenet100` (folders `train/` and `val/` under `root/NAME`). Anything
+    else is a path: `train/` and `val/` with class folders; class folders alone, of which a fixed tenth is
+    held out as `val` and from `pretrain`; or images in any arrangement, without labels. Raises DataError.
+    """
+    if name_or_path == "shapes":
+        train, val = _shapes(4096, seed=0), _shapes(1024, seed=1)
+        return Data(train, train, val)
+    if name_or_path in ARCHIVES:
+        return _archive(name_or_path, root)
+    folder = Path(root, name_or_path) if name_or_path in ("imagenet", "imagenet100") else Path(name_or_path)
+    if not folder.is_dir():
+        names = ", ".join(["shapes", *ARCHIVES, "imagenet", "imagenet100"])
+        raise DataError(f"no folder {folder}: --data takes a folder of images or one of {names}")
+    if not (folder / "train").is_dir():
+        files, labels, _ = _list_images(folder)
+        if labels is None:
+            return Data(_hold(OnDisk(folder, files)), None, None)
+        held = np.zeros(len(files), bool)
+        held[np.random.default_rng(0).permutation(len(files))[: len(files) // 10]] = True
+        train = _hold(OnDisk(folder, files[~held], labels[~held]))
+        return Data(train, train, _hold(OnDisk(folder, files[held], labels[held])))
+    files, labels, classes = _list_images(folder / "train")
+    if not (folder / "val").is_dir():
+        raise DataError(f"{folder} has train/ but no val/: add val/, or pass --data {folder / 'train'}")
+    val_files, val_labels, val_classes = _list_images(folder / "val")
+    if labels is None or val_labels is None or not set(val_classes) <= set(classes):
+        odd = sorted(set(val_classes) - set(classes))[:3]
+        raise DataError(f"{folder}/train and /val need the same class folders; only in val: {odd or 'none'}")
+    val_labels = np.array([classes.index(c) for c in val_classes])[val_labels]
+    train = _hold(OnDisk(folder / "train", files, labels))
+    return Data(train, train, _hold(OnDisk(folder / "val", val_files, val_labels)))
+
+
+def _list_images(folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """Files, labels and classes of a folder. Labels exist where all images lie in at least two folders
+    directly below `folder`, as in ImageFolder; any other arrangement has none."""
+    files: list[bytes] = []
+    walk = sorted(os.walk(os.fsencode(folder), followlinks=True))
+    endings = tuple(e.encode() for e in datasets.folder.IMG_EXTENSIONS)
+    for where, _, names in walk:
+        prefix = os.path.relpath(where, os.fsencode(folder)) + b"/"
+        prefix = b"" if prefix == b"./" else prefix
+        files += [prefix + name for name in sorted(names) if name.lower().endswith(endings)]
+    if not files:
+        raise DataError(f"no images in {folder}: looked for {', '.join(datasets.folder.IMG_EXTENSIONS)}")
+    parts = {f.rpartition(b"/")[0] for f in files}
+    if len(parts) < 2 or any(not p or b"/" in p for p in parts):
+        return np.array(files), None, []
+    classes = sorted(parts)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.fromiter((number[f.rpartition(b"/")[0]] for f in files), np.int64, len(files))
+    return np.array(files), labels, [os.fsdecode(c) for c in classes]
+
+
+def _hold(images: OnDisk) -> Images:
+    """Decodes the images into memory if they are of one size and fit MEMORY_LIMIT."""
+    shapes = set(images.sizes)
+    height, width = next(iter(shapes))
+    if len(shapes) > 1 or 3 * height * width * len(images) > MEMORY_LIMIT:
+        return images
+    pixels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        labels = None if images.labels is None else images.labels.copy()
+        failed = []
+        for i, (used, image, bad) in enumerate(pool.map(images.read, range(len(images)))):
+            if image.shape != pixels.shape[1:]:
+                pool.shutdown(cancel_futures=True)
+                return images
+            pixels[i] = image
+            failed += bad
+            if labels is not None:
+                labels[i] = images.labels[used]
+    images.note_broken(failed)
+    return InMemory(pixels, labels)
+
+
+def _archive(name: str, root: str) -> Data:
+    kind = ARCHIVES[name]
+
+    def part(**split) -> tuple[np.ndarray, np.ndarray]:
+        data = kind(root, download=True, **split)
+        pixels = data.data if name == "stl10" else data.data.transpose(0, 3, 1, 2)
+        return pixels, np.asarray(data.labels if name == "stl10" else data.targets, np.int64)
+
+    try:
+        if name == "stl10":
+            train, val, more = part(split="train"), part(split="test"), part(split="unlabeled")[0]
+        else:
+            train, val, more = part(train=True), part(train=False), None
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"cannot get {name} ({error}): place {kind.url} as {Path(root, kind.filename)}, "
+            f"its MD5 checksum {kind.tgz_md5} is verified"
+        ) from error
+    train, val = (InMemory(torch.from_numpy(np.ascontiguousarray(x)), y) for x, y in (train, val))
+    pretrain = train if more is None else InMemory(torch.cat([torch.from_numpy(more), train.pixels]))
+    return Data(pretrain, train, val)
+
+
+def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
+    """Ten classes of drawn shapes; colour, place, size, rotation, background, noise say nothing of the class.
+
+    The picture of shape f is where f(x, y) < 0 in coordinates that the sample's placing has turned.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 10
+    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
+
+    def draw(low: float, high: float, *shape: int) -> np.ndarray:
+        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+
+    scale, angle = draw(0.5, 0.8, 1, 1), draw(0, 2 * np.pi, 1, 1)
+    dx, dy = grid - draw(-0.3, 0.3, 1, 1), grid[:, None] - draw(-0.3, 0.3, 1, 1)
+    px = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
+    py = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
+
+    def disc(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+        return np.hypot(x, y) - radius
+
+    def box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
+        return np.maximum(abs(x) - width, abs(y) - height)
+
+    figures = (
+        lambda x, y: disc(x, y, 0.8),
+        lambda x, y: abs(disc(x, y, 0.75)) - 0.2,  # ring
+        lambda x, y: box(x, y, 0.7, 0.7),
+        lambda x, y: abs(box(x, y, 0.65, 0.65)) - 0.15,  # frame
+        lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,  # triangle
+        lambda x, y: np.minimum(box(x, y, 0.9, 0.25), box(x, y, 0.25, 0.9)),  # cross
+        lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),  # star
+        lambda x, y: np.maximum(disc(x, y, 0.9), 0.75 - np.hypot(x - 0.45, y)),  # crescent
+        lambda x, y: box(x, y, 1.0, 0.22),  # bar
+        lambda x, y: np.minimum(disc(x - 0.55, y, 0.38), disc(x + 0.55, y, 0.38)),  # two dots
+    )
+    outside = np.empty_like(px)
+    for label, figure in enumerate(figures):
+        outside[label::10] = figure(px[label::10], py[label::10])
+    cover = np.clip(0.5 - outside * scale * size / 2, 0, 1)[:, None]  # about one pixel of soft edge
+    front, back, slope = draw(0, 1, 3, 1, 1), draw(0, 1, 3, 1, 1), draw(-0.3, 0.3, 3, 1, 1)
+    front = np.where(abs(front - back).mean(1, keepdims=True) < 0.25, (back + 0.5) % 1, front)
+    image = back + slope * px[:, None]
+    image += cover * (front - image) + 0.04 * rng.standard_normal(image.shape, np.float32)
+    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return InMemory(torch.from_numpy(pixels), labels)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return torch.randperm(count, generator=generator(seed, epoch, 1 << 20)).numpy()
+
+
+@dataclass
+class Batches(torch.utils.data.Dataset):
+    """The batches of a run: step -> images -> views, each a pure function of (seed, step).
+
+    With a seed: step s of n = N // batch_size shows the images at s * batch_size ... of its epoch's order; the
+    remainder of an epoch is left out, and the ranks take consecutive shares of each batch. Not shuffled, for
+    evaluation: all images in order, the last batch smaller, no shares; without a seed, centre crops.
+    """
+
+    images: Images
+    recipes: Sequence["Augment"]
+    batch_size: int  # of all ranks together
+    seed: int | None = None
+    rank: int = 0
+    world: int = 1
+    shuffle: bool = True
+
+    def plan(self, step: int) -> tuple[np.ndarray, list[np.ndarray | None]]:
+        """This rank's images at `step`, and for each recipe their rows of uniform numbers."""
+        draws: list[np.ndarray | None] = [None] * len(self.recipes)
+        if self.seed is not None:  # drawn for the whole batch: it is the same for any number of ranks
+            keys = (generator(self.seed, step, view) for view in range(len(draws)))
+            draws = [r.draw(self.batch_size, key) for r, key in zip(self.recipes, keys, strict=True)]
+        if not self.shuffle or self.seed is None:
+            first = step * self.batch_size
+            rows = np.arange(first, min(first + self.batch_size, len(self.images)))
+            return rows, [None if draw is None else draw[: len(rows)] for draw in draws]
+        epoch, step_in_epoch = divmod(step, len(self.images) // self.batch_size)
+        order = _epoch_order(len(self.images), self.seed, epoch)
+        share = self.batch_size // self.world
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        return order[step_in_epoch * self.batch_size :][mine], [draw[mine] for draw in draws]
+
+    def __getitem__(self, step: int) -> tuple[Tensor, np.ndarray, list[int]]:
+        """Worker's part for images on disk: decodes each file once, crops all its views, as uint8."""
+        rows, draws = self.plan(step)
+        used, failed = rows.copy(), []
+        size = self.recipes[0].size
+        crops = torch.empty(len(self.recipes), len(rows), 3, size, size, dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            used[i], pixels, bad = self.images.read(int(row))
+            failed += bad
+            for recipe, draw, out in zip(self.recipes, draws, crops, strict=True):
+                boxes, flips = recipe.boxes(None if draw is None else draw[i : i + 1], *pixels.shape[1:])
+                top, left, height, width = boxes[0].tolist()
+                crop = pixels[None, :, top : top + height, left : left + width]
+                crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+                out[i] = crop[0].flip(-1) if flips[0] else crop[0]
+        return crops, used, failed
+
+    def stream(
+        self, steps: Sequence[int], device: torch.device, workers: int = 0
+    ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+        """Yields for each step the image indices and, for each recipe, a view (B, 3, size, size), normalised.
+
+        Images in memory move to `device` for good. Images on disk are decoded by `workers` processes, which
+        work ahead without a pause between epochs.
+        """
+        if isinstance(self.images, InMemory):
+            self.images.pixels = self.images.pixels.to(device)
+            for step in steps:
+                rows, draws = self.plan(step)
+                index = _to(rows, device)
+                yield (
+                    rows,
+                    [r.apply(self.images.pixels, u, index) for r, u in zip(self.recipes, draws, strict=True)],
+                )
+            return
+        loader = torch.utils.data.DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=device.type == "cuda"
+        )
+        for step, (crops, used, failed) in zip(steps, loader, strict=True):
+            self.images.note_broken(failed)
+            crops, draws = crops.to(device, non_blocking=True), self.plan(step)[1]
+            yield (
+                used,
+                [r.apply(x, u, cropped=True) for r, x, u in zip(self.recipes, crops, draws, strict=True)],
+            )
+
+
+# ---------------------------------------------------------------------------------- augmentation
+
+# Columns of the uniform numbers that decide a view. A crop has ten tries, as in torchvision.
+_AREA, _RATIO, (_TOP, _LEFT, _FLIP, _JITTER, _ORDER) = slice(0, 10), slice(10, 20), range(20, 25)
+_FACTORS, (_GRAY, _BLUR, _SIGMA, _SOLARIZE), _COLUMNS = slice(25, 29), range(29, 33), 33
+_ORDERS = np.array(list(permutations(range(4))))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Settings of one view: crop and resize, flip, jitter, grayscale, blur, solarize, normalise, in this order.
+
+    `recipe(images, generator)`: images (B, 3, H, W) uint8 -> (B, 3, size, size) float32, normalised. Every
+    sample draws parameters of its own, and the four parts of the jitter in an order of its own. Each operation
+    is that of torchvision.transforms on float tensors in [0, 1], and probabilities are per sample.
+    """
+
+    size: int = 224  # pixels a side
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    flip: float = 0.5  # probability
+    jitter: float = 0.8  # probability of the four following
+    brightness: float = 0.8  # factor from 1 - brightness to 1 + brightness; so the next two
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2  # shift from -hue to hue, in turns of the colour circle
+    gray: float = 0.2  # probability
+    blur: float = 0.5  # probability
+    sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize: float = 0.0  # probability; inverts what is at least 1/2
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8 (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        return self.apply(images, self.draw(len(images), generator))
+
+    @staticmethod
+    def draw(count: int, generator: torch.Generator) -> np.ndarray:
+        """(count, 33) numbers in [0, 1): all that is random about `count` samples, one row each."""
+        return (
+            torch.rand(count, _COLUMNS, generator=generator, device=generator.device).double().cpu().numpy()
+        )
+
+    def boxes(self, u: np.ndarray | None, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Crops (n, 4) as top, left, height, width in pixels, and whether to flip (n,).
+
+        Without u: the centre, of 7/8 of the shorter side above 96 px (224 of 256), else of all of it.
+        """
+        if u is None:
+            side = round(min(height, width) * (0.875 if self.size > 96 else 1))
+            return np.array([[(height - side) // 2, (width - side) // 2, side, side]]), np.array([False])
+        area = height * width * (self.scale[0] + u[:, _AREA] * (self.scale[1] - self.scale[0]))
+        low, high = np.log(self.ratio)
+        ratio = np.exp(low + u[:, _RATIO] * (high - low))
+        w, h = np.sqrt(area * ratio).round(), np.sqrt(area / ratio).round()
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        try_ = fits.argmax(1)[:, None]
+        w, h = np.take_along_axis(w, try_, 1)[:, 0], np.take_along_axis(h, try_, 1)[:, 0]
+        top, left = np.floor(u[:, _TOP] * (height - h + 1)), np.floor(u[:, _LEFT] * (width - w + 1))
+        none = ~fits.any(1)  # the centre, as near to the ratio as possible
+        if none.any():
+            w[none] = min(width, max(1, round(height * self.ratio[1])))
+            h[none] = min(height, max(1, round(width / self.ratio[0])))
+            top[none], left[none] = (height - h[none]) // 2, (width - w[none]) // 2
+        return np.stack([top, left, h, w], 1).astype(np.int64), u[:, _FLIP] < self.flip
+
+    def apply(
+        self, pixels: Tensor, u: np.ndarray | None, index: Tensor | None = None, cropped: bool = False
+    ) -> Tensor:
+        """Views of the images `index` (default: all) of `pixels` uint8, by the numbers `u` of `draw`.
+
+        u None: centre crop without any change of colour. cropped: the pixels are crops of the right size.
+        """
+        count = len(pixels) if index is None else len(index)
+        out = pixels.new_empty(count, 3, self.size, self.size, dtype=torch.float32)
+        # A CPU works on as many samples at a time as its cache holds, a GPU on all.
+        chunk = max(4, 2**16 // self.size**2) if pixels.device.type == "cpu" else count
+        for first in range(0, count, chunk):
+            part = slice(first, min(first + chunk, count))
+            x, v = pixels[part] if index is None else pixels[index[part]], None if u is None else u[part]
+            x = x.float().div_(255) if cropped else self._crop(x, v)
+            out[part] = x if v is None else self._colour(x, v)
+        mean, std = (_to(np.float32(c), pixels.device).view(3, 1, 1) for c in (self.mean, self.std))
+        return out.sub_(mean).div_(std)
+
+    def restore(self, views: Tensor) -> Tensor:
+        """Normalised views as pictures in [0, 1]."""
+        mean, std = (torch.tensor(c, device=views.device).view(3, 1, 1) for c in (self.mean, self.std))
+        return (views * std + mean).clamp(0, 1)
+
+    def _crop(self, x: Tensor, u: np.ndarray | None) -> Tensor:
+        """Crop, resize and flip as R X C': one matrix for the rows and one for the columns of each sample."""
+        boxes, flips = self.boxes(u, *x.shape[2:])
+        boxes = np.broadcast_to(np.column_stack([boxes, flips]).astype(np.float32), (len(x), 5))
+        top, left, height, width, flip = _to(boxes.copy(), x.device).view(-1, 5, 1, 1).unbind(1)
+        rows = _resize_matrix(top, height, torch.zeros_like(flip), x.shape[2], self.size)
+        columns = _resize_matrix(left, width, flip, x.shape[3], self.size).div_(255)
+        x = x.float().flatten(1, 2) @ columns.mT
+        return rows[:, None] @ x.unflatten(1, (3, -1))
+
+    def _colour(self, x: Tensor, u: np.ndarray) -> Tensor:
+        order = np.where(u[:, _JITTER, None] < self.jitter, _ORDERS[(u[:, _ORDER] * 24).astype(int)], 4)
+        spread = np.array([self.brightness, self.contrast, self.saturation, self.hue])
+        factor = np.maximum(1 - spread, 0) + u[:, _FACTORS] * (1 + spread - np.maximum(1 - spread, 0))
+        factor[:, 3] = self.hue * (2 * u[:, 28] - 1)
+        factor = _to(factor.astype(np.float32), x.device)[:, :, None, None]
+        # Four rounds; in each the samples stand sorted by the operation that is their next.
+        stand = np.arange(len(u))
+        for turn in order.T:
+            rows = np.argsort(turn, kind="stable")
+            x = x[_to(np.argsort(stand)[rows], x.device)]
+            stand, f = rows, factor[_to(rows, x.device)]
+            counts = np.bincount(turn, minlength=5).tolist()
+            for i, (some, its) in enumerate(zip(x.split(counts)[:4], f.split(counts)[:4], strict=True)):
+                if len(some):
+                    _JITTERS[i](some, its[:, i])
+        x = x[_to(np.argsort(stand), x.device)]
+        gray, blur, solarize = (
+            np.flatnonzero(u[:, column] < probability)
+            for column, probability in ((_GRAY, self.gray), (_BLUR, self.blur), (_SOLARIZE, self.solarize))
+        )
+        if len(gray):
+            index = _to(gray, x.device)
+            x[index] = _gray(x[index])[:, None].expand(-1, 3, -1, -1)
+        if len(blur):
+            index = _to(blur, x.device)
+            sigma = self.sigma[0] + u[blur, _SIGMA] * (self.sigma[1] - self.sigma[0])
+            x[index] = _blur(x[index], sigma, radius=int(np.ceil(3.3 * self.sigma[1])))
+        if len(solarize):
+            index = _to(solarize, x.device)
+            some = x[index]
+            x[index] = torch.where(some < 0.5, some, 1 - some)
+        return x
+
+
+def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, inside: int, out: int) -> Tensor:
+    """(n, out, inside) weights of a bilinear resize with antialiasing of [start, start + length) to `out`.
+
+    R[o, j] is proportional to max(0, 1 - |j + 1/2 - c_o| / s), c_o the centre of output pixel o and s the
+    larger of 1 and length / out; start, length, flip: (n, 1, 1).
+    """
+    j, o = (torch.arange(n, device=start.device, dtype=torch.float32) for n in (inside, out))
+    o = o[:, None] + flip * (out - 1 - 2 * o[:, None])
+    step = length / out
+    weight = j + 0.5 - (start + (o + 0.5) * step)
+    weight = (1 - weight.abs_().div_(step.clamp(min=1))).clamp_(min=0)
+    weight *= (j >= start) & (j < start + length)
+    return weight.div_(weight.sum(2, keepdim=True))
+
+
+def _gray(x: Tensor) -> Tensor:
+    red, green, blue = x.unbind(1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+# The jitter's parts work in place on x (n, 3, h, w) in [0, 1], with a factor f (n, 1, 1) for each sample.
+
+
+def _brightness(x: Tensor, f: Tensor) -> None:
+    x.mul_(f[:, None]).clamp_(max=1)
+
+
+def _contrast(x: Tensor, f: Tensor) -> None:
+    mean = _gray(x.mean((2, 3), keepdim=True))
+    x.mul_(f[:, None]).add_(((1 - f) * mean)[:, None]).clamp_(0, 1)
+
+
+def _saturation(x: Tensor, f: Tensor) -> None:
+    gray = _gray(x).mul_(1 - f)
+    x.mul_(f[:, None]).add_(gray[:, None]).clamp_(0, 1)
+
+
+def _hue(x: Tensor, f: Tensor) -> None:
+    """To HSV, turn, and back, without the case distinctions: each channel is a clamped distance on the circle."""
+    red, green, blue = x.unbind(1)
+    high = torch.maximum(red, green).clamp_(min=blue)
+    low = torch.minimum(red, green).clamp_(max=blue)
+    six = (high - low).mul_(6)
+    hue = (green + blue).sub_(red).sub_(low).div_(six.clamp(min=1e-12)).add_(1 / 6)
+    hue = hue.copysign_(green - blue).add_(f + 1).frac_()
+    low.sub_(six, alpha=1 / 6)
+    high.add_(six, alpha=1 / 6)
+    torch.addcmul(low, six, (hue - 1 / 2).abs_().clamp_(1 / 6, 1 / 3), out=red)
+    torch.addcmul(high, six, (hue - 1 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1, out=green)
+    torch.addcmul(high, six, hue.sub_(2 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1, out=blue)
+
+
+_JITTERS = (_brightness, _contrast, _saturation, _hue)
+
+
+def _blur(x: Tensor, sigma: np.ndarray, radius: int) -> Tensor:
+    """Gaussian blur with a sigma for each sample: shifted copies added up, along the rows, then the columns."""
+    taps = np.exp(-0.5 * (np.arange(radius + 1) / sigma[:, None]) ** 2)
+    taps /= 2 * taps.sum(1, keepdims=True) - 1
+    taps = _to(taps.T.astype(np.float32), x.device)[:, :, None, None, None]
+    for dim, pad in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
+        size, padded = x.shape[dim], F.pad(x, pad, mode="reflect")
+        x = taps[0] * x
+        for k in range(1, radius + 1):
+            pair = padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size)
+            x.addcmul_(taps[k], pair)
+    return x
+
+
+SIMCLR = Augment()
+MOCO_V2 = Augment(scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+BYOL_VIEWS = (
+    Augment(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0),
+    Augment(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=0.1, solarize=0.2),
+)  # also those of Barlow Twins
+
+
+# ---------------------------------------------------------------------------------------- losses
+#
+# Each takes this rank's rows and returns this rank's share of the loss: the shares' mean over the ranks is the
+# loss of the whole batch, and gradients averaged by DistributedDataParallel are those of one process that
+# is given the whole batch. All are computed in float32 (float64 if given), whatever the autocast state.
+
+
+def _ranks() -> tuple[int, int]:
+    return (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Every rank's loss depends on this rank's rows: their gradient is the sum over the ranks.
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """(B, ...) on each of W ranks -> (W * B, ...) on all, in the order of the ranks, with an exact gradient.
+
+    B must be the same everywhere. Without torch.distributed or on one rank: x itself.
+    """
+    return x if _ranks()[1] == 1 else _Gather.apply(x)
+
+
+def _matrices(*tensors: Tensor) -> list[Tensor]:
+    shape = tensors[0].shape
+    if len(shape) != 2 or 0 in shape or any(t.shape != shape for t in tensors):
+        raise ValueError(f"expected matrices (N, D) of one shape, got {[tuple(t.shape) for t in tensors]}")
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+def _positive(temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be greater than 0, got {temperature}")
+    return temperature
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+
+
+class _Contrast(torch.autograd.Function):
+    """sum_i -log(e^p_i / (e^p_i + sum_j e^(x_i . y_j))), the sum over j without the columns skip_i.
+
+    x (R, d), y (M, d), p (R,), skip (R, s) or None: then y takes no gradient. Visits the R x M matrix of
+    products in blocks and never holds it. The gradient is made in the same pass, which is possible because
+    the loss is a sum over rows.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, p: Tensor, skip: Tensor | None) -> Tensor:
+        block = 2**19 if x.device.type == "cpu" else 2**25  # products at a time: what a CPU's cache holds
+        height = len(x) if skip is None else max(1, min(len(x), block // len(y)))
+        width = len(y) if skip is not None else max(1, min(len(y), block // height))
+        buffer, loss = x.new_empty(height * width), x.new_zeros(())
+        grad_x, grad_p = torch.empty_like(x), torch.empty_like(p)
+        grad_y = None if skip is None else torch.zeros_like(y)
+        with _no_autocast(x):
+            for r in range(0, len(x), height):
+                xr, pr = x[r : r + height], p[r : r + height, None]
+                # total: sum of e^(product - top), mean: sum of e^(product - top) y; top: the largest so far.
+                top, total, mean = pr, torch.ones_like(pr), torch.zeros_like(xr)
+                for c in range(0, len(y), width):
+                    yc = y[c : c + width]
+                    e = torch.mm(xr, yc.T, out=buffer[: len(xr) * len(yc)].view(len(xr), len(yc)))
+                    if skip is not None:
+                        e.scatter_(1, skip[r : r + height], -torch.inf)
+                    old, top = top, torch.maximum(top, e.amax(1, keepdim=True))
+                    e.sub_(top).exp_()
+                    shrink = (old - top).exp_()
+                    total = total * shrink + e.sum(1, keepdim=True)
+                    mean.mul_(shrink).addmm_(e, yc)
+                loss += (top + total.log() - pr).sum()
+                grad_x[r : r + height] = mean.div_(total)
+                grad_p[r : r + height] = ((pr - top).exp_() / total - 1)[:, 0]
+                if grad_y is not None:
+                    grad_y.addmm_(e.T, xr / total)
+        ctx.save_for_backward(grad_x, grad_y, grad_p)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_y, grad_p = ctx.saved_tensors
+        return grad * grad_x, None if grad_y is None else grad * grad_y, grad * grad_p, None
+
+
+def _pairs(x: Tensor, y: Tensor, first: int, half: int) -> Tensor:
+    """Mean contrastive loss of the rows x = y[first : first + len(x)] among all rows of y (M, d).
+
+    Rows i and i + half of every 2 half rows of y are a pair. Similarity is the product: it holds 1 / temperature.
+    """
+    own = torch.arange(first, first + len(x), device=x.device)
+    pair = own + half - 2 * half * (own % (2 * half) >= half)
+    return _Contrast.apply(x, y, (x * y[pair]).sum(1), torch.stack([own, pair], 1)) / len(x)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
+    """NT-Xent of two views' projections z1, z2 (B, D): mean over the 2B rows of -log softmax of the pair.
+
+    Similarities are cosines / temperature, a row's own excluded (SimCLR, arXiv 2002.05709, eq. 1). Without
+    information: log(2B - 1), B counted over all ranks. Raises ValueError for other shapes.
+    """
+    z1, z2 = _matrices(z1, z2)
+    x = F.normalize(torch.cat([z1, z2]), dim=1) / _positive(temperature) ** 0.5
+    return _pairs(x, gather(x), _ranks()[0] * len(x), len(z1))
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
+    """MoCo's loss: mean over rows of -log(e^(q.k / t) / (e^(q.k / t) + sum over the queue of e^(q.queue / t))).
+
+    q, k (B, D): queries and their keys, normalised here; queue (K, D): earlier keys, already normalised, they
+    take no gradient (arXiv 1911.05722, eq. 1). Without information: log(K + 1).
+    """
+    q, k = _matrices(q, k)
+    if queue.ndim != 2 or queue.shape[1] != q.shape[1]:
+        raise ValueError(f"the queue must be (K, {q.shape[1]}), got {tuple(queue.shape)}")
+    q = F.normalize(q, dim=1) / _positive(temperature)
+    return _Contrast.apply(q, queue.detach().to(q.dtype), (q * F.normalize(k, dim=1)).sum(1), None) / len(q)
+
+
+def byol_loss(p: Tensor, z: Tensor) -> Tensor:
+    """Mean over rows of 2 - 2 cos(p, z); p (B, D) predictions, z (B, D) targets (BYOL, arXiv 2006.07733, eq. 2).
+
+    From 0 to 4; without information 2. z takes gradient unless it is detached.
+    """
+    p, z = _matrices(p, z)
+    return 2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
+
+
+def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> Tensor:
+    """sum_i (1 - C_ii)^2 + redundancy_weight * sum_(i != j) C_ij^2 (Barlow Twins, arXiv 2103.03230, eq. 1).
+
+    C (D, D): cross-correlation of z1, z2 (N, D) over the batch of all ranks. For N < D it is not formed: its
+    squared norm is the product of the N x N Gram matrices of both sides. Without information: about D.
+    """
+    a, b = (gather(z) for z in _matrices(z1, z2))
+    a, b = ((z - z.mean(0)) * torch.rsqrt(z.var(0, correction=0) + 1e-5) for z in (a, b))
+    n, width = a.shape
+    with _no_autocast(a):
+        diagonal = (a * b).mean(0)
+        if n < width:
+            off = ((a @ a.T) * (b @ b.T)).sum() / n**2 - diagonal.square().sum()
+        else:
+            off = (a.T @ b / n).fill_diagonal_(0).square().sum()
+    return (1 - diagonal).square().sum() + redundancy_weight * off
+
+
+def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+    """NT-Xent between dimensions: column i of z1 (N, D) and column i of z2 are the pair among 2D columns.
+
+    Columns are centred and normalised over the batch of all ranks, so similarities are Pearson correlations
+    (DimCL, arXiv 2309.11782; the scale of its batch norm cancels). Without information: log(2D - 1). The ranks
+    take equal shares of the 2D rows.
+    """
+    z = gather(torch.cat(_matrices(z1, z2), 1))
+    z = z - z.mean(0)
+    y = (z * torch.rsqrt(_positive(temperature) * z.square().sum(0) + 1e-12)).T
+    rank, world = _ranks()
+    first, last = (r * len(y) // world for r in (rank, rank + 1))
+    return _pairs(y[first:last], y, first, z1.shape[1]) * ((last - first) * world / len(y))
