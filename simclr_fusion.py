@@ -39,8 +39,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NoReturn, get_args, get_origin
 
 import numpy as np
 import torch
@@ -52,10 +51,12 @@ from torchvision.utils import save_image
 
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
-RANK, WORLD, LOCAL = (
-    int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+DEVICE = (
+    torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.cuda.is_available()
+    else torch.device("cpu")
 )
-DEVICE = torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def flag(default: object, text: str, zero: bool = False) -> object:
@@ -73,13 +74,9 @@ class Args:
     fusion_lr: float | None = flag(
         None, "peak learning rate of the fusion layer, at any batch size", zero=True
     )
-    fusion_shuffle: bool = flag(
-        True, "fuse view 2 in another order of the batch, without which the layer cheats"
-    )
+    fusion_shuffle: bool = flag(True, "fuse view 2 in another order, without which the layer cheats")
     # The fields below are the same in every script.
-    data: str = flag(
-        "shapes", "shapes, cifar10, cifar100, stl10, imagenet, imagenet100, or a folder of images"
-    )
+    data: str = flag("shapes", "also cifar10, cifar100, stl10, imagenet, imagenet100, or a folder of images")
     root: str = flag("data", "folder of the named data sets")
     run_dir: str | None = flag(None, "folder for everything written; default: runs/SCRIPT_DATA_SEED")
     eval: str | None = flag(None, "a backbone.pt: only run the linear probe on it")
@@ -107,18 +104,12 @@ class Args:
 # Settings of the published runs (sources: README); an image size that is left out is that of the images.
 CIFAR = {"epochs": 1000, "batch_size": 256, "lr": 0.4, "weight_decay": 1e-4, "optimizer": "lars"}
 CIFAR |= {"warmup_epochs": 10, "arch": "resnet18", "temperature": 0.2, "projector": "2048-256"}
-CIFAR |= {"fusion_patch": 4, "fusion_lr": 1e-3}
+CIFAR |= {"fusion_patch": 4}
 IMAGENET100 = CIFAR | {"epochs": 400, "image_size": 224, "fusion_patch": 16}
-IMAGENET = IMAGENET100 | {
-    "epochs": 100,
-    "batch_size": 4096,
-    "lr": 0.3,
-    "weight_decay": 1e-6,
-    "arch": "resnet50",
-}
-IMAGENET |= {"temperature": 0.1, "projector": "2048-128"}
+IMAGENET = IMAGENET100 | {"epochs": 100, "batch_size": 4096, "lr": 0.3, "weight_decay": 1e-6}
+IMAGENET |= {"arch": "resnet50", "temperature": 0.1, "projector": "2048-128"}
 SHAPES = CIFAR | {"epochs": 20, "lr": 0.002, "optimizer": "adamw", "arch": "resnet10", "stem": "strided"}
-SHAPES |= {"projector": "512-128", "fusion_lr": 1e-5}
+SHAPES |= {"projector": "512-128"}
 PRESETS = {"shapes": SHAPES, "cifar": CIFAR, "stl10": CIFAR | {"epochs": 200, "fusion_patch": 8}}
 PRESETS |= {"imagenet100": IMAGENET100, "imagenet": IMAGENET}
 
@@ -198,8 +189,9 @@ def param_groups(model: nn.Module, args: Args, peak: float) -> list[dict]:
     An adaptive optimizer moves every weight by about its rate, and a fused image is a sum over B k^2 of them:
     at the backbone's rate the layer soon drowns each image in the others.
     """
-    fusion = [p for name, p in model.named_parameters() if name.startswith("fusion")]
-    rest = [p for name, p in model.named_parameters() if not name.startswith("fusion")]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fusion = [p for name, p in trained.items() if name.startswith("fusion")]
+    rest = [p for name, p in trained.items() if not name.startswith("fusion")]
     weights, others = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
     return [
         {
@@ -218,6 +210,8 @@ def check(args: Args, given: set[str], images: int) -> None:
     """Refuses what this method cannot do, and fits its defaults to the data."""
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
+    if args.fusion_lr is None:
+        args.fusion_lr = args.lr / 100
     if "fusion_patch" not in given:
         args.fusion_patch = math.gcd(args.fusion_patch, args.image_size)
     if args.image_size % args.fusion_patch:
@@ -240,7 +234,8 @@ def parse() -> tuple[Args, set[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
     for f in fields(Args):
-        kind = next((t for t in get_args(f.type) if t is not NoneType), f.type)  # of `int | None`: int
+        kinds = (f.type,) if get_origin(f.type) is Literal else get_args(f.type) or (f.type,)
+        kind = kinds[0]  # of `int | None`: int
         options = {"choices": get_args(kind)} if get_args(kind) else {"type": kind}
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
         text = f"{f.metadata['help']} (default: {'by data set' if f.default is None else f.default})"
@@ -316,12 +311,12 @@ def build_backbone(args: Args) -> tuple[nn.Module, int]:
     return net.train().to(DEVICE, memory_format=torch.channels_last), width
 
 
-def mlp(width: int, layers: str) -> nn.Sequential:
-    """Linear layers of the widths in `layers`, as 2048-128, with batch norm and ReLU between them."""
-    widths = [width, *map(int, layers.split("-"))]
-    modules = []
+def mlp(width: int, layers: str, norm: bool = True) -> nn.Sequential:
+    """Linear layers of the widths in `layers`, as 2048-128; between them batch norm, if `norm`, and ReLU."""
+    widths, modules = [width, *map(int, layers.split("-"))], []
     for i, o in zip(widths[:-2], widths[1:-1], strict=True):
-        modules += [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.ReLU(inplace=True)]
+        hidden = [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o)] if norm else [nn.Linear(i, o)]
+        modules += [*hidden, nn.ReLU(inplace=True)]
     return nn.Sequential(*modules, nn.Linear(*widths[-2:]))
 
 
@@ -457,8 +452,8 @@ def features(net: nn.Module, images: Images, args: Args, epoch: int | None = Non
 def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, Tensor]:
     """Accuracy on val of a linear classifier on frozen features, and the features of train and val.
 
-    Features are standardised. Eight learning rates are trained side by side, as one classifier of 8 C outputs,
-    on nine tenths of train; the best on the other tenth is reported, as it is after the last epoch.
+    Features are standardised. Eight learning rates are trained side by side, as one classifier of 8 C
+    outputs, on nine tenths of train; the best on the other tenth is reported, as it is after the last epoch.
     """
     frozen = {name: value.clone() for name, value in net.state_dict().items()}
     (raw, y), (raw_val, y_val) = (features(net, images, args) for images in (data.train, data.val))
@@ -588,8 +583,8 @@ def main() -> None:
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
 
     settings, path, start = asdict(args), run / "checkpoint.pt", 0
-    free = "root run_dir eval compile workers save_every log_every probe_every probe_epochs probe_augment tensorboard"
-    identity = {k: v for k, v in settings.items() if k not in free.split()}
+    free = "root run_dir eval compile workers save_every log_every probe_every probe_epochs probe_augment"
+    identity = {k: v for k, v in settings.items() if k not in [*free.split(), "tensorboard"]}
     identity |= {"script": Path(__file__).stem, "images": len(data.pretrain)}
     if saved := load_checkpoint(path, identity):
         try:
@@ -629,6 +624,7 @@ def main() -> None:
             save_views(run / "views.png", thumbnails(data.pretrain, rows[:8], args), model, views, args)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, steps, warmup, group["peak"])
+        torch.manual_seed(generator(args.seed, step, 5, RANK).initial_seed())  # for networks with dropout
         values, z = update(net, optimizer, scaler, views, step, autocast(args))
         sums = {name: sums.get(name, 0) + value for name, value in values.items()}
         done, stopping = step + 1, any_rank(bool(stop))

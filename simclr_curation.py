@@ -1,0 +1,653 @@
+"""SimCLR with batch curation, in one file.
+
+    python simclr_curation.py                                          # drawn shapes, CPU, about a minute
+    python simclr_curation.py --data cifar10                           # downloads
+    python simclr_curation.py --data path/to/images                    # with or without class folders
+    torchrun --nproc_per_node=8 simclr_curation.py --data imagenet     # ResNet-50, the published recipe
+    python simclr_curation.py --eval runs/NAME/backbone.pt --data ...  # only the linear probe
+
+The same command again continues where the last run stopped; --curation off is plain SimCLR.
+
+Method. Two random views of B images pass the backbone f and the projector g, loss = NT-Xent(z1, z2). Random views
+of one image may share nothing, and those of two images may look alike: such pairs contradict the objective.
+Curation draws K B candidate pairs a step and, with the current network in eval mode, finds for pair i
+
+    d+ = 1 - cos of its two views,    d- = the smallest 1 - cos between either view and any other image's views
+
+A pair with d+ > d- violates the objective. --curation batch: of K candidate batches, train on the one with the
+smallest share of violations. --curation pairs: of all K B pairs, train on the B with the smallest d+ - d-. It
+starts after --curation-start of the training, when distances mean something. Under several ranks each curates
+its own share.
+
+Stated by the paper (arXiv 2108.08643, abstract): batches that are more in line with the contrastive objective
+are selected during training. Criterion, granularity and start are our reading.
+
+Measured: RESULT
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Literal, NoReturn, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.utils import save_image
+
+from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+DEVICE = (
+    torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.cuda.is_available()
+    else torch.device("cpu")
+)
+
+
+def flag(default: object, text: str, zero: bool = False) -> object:
+    """A field of Args: default (None: by the preset), help text, whether a number may be 0."""
+    return field(default=default, metadata={"help": text, "zero": zero})
+
+
+@dataclass
+class Args:
+    temperature: float | None = flag(None, "of NT-Xent")
+    projector: str | None = flag(None, "widths of the projector's layers, as 2048-128")
+    curation: Literal["batch", "pairs", "off"] = flag("batch", "what is selected; off: plain SimCLR")
+    curation_candidates: int = flag(2, "K, drawn for each that is trained on; 1: plain SimCLR")
+    curation_start: float = flag(0.1, "share of the training that goes before, from 0 to 1", zero=True)
+    # The fields below are the same in every script.
+    data: str = flag("shapes", "also cifar10, cifar100, stl10, imagenet, imagenet100, or a folder of images")
+    root: str = flag("data", "folder of the named data sets")
+    run_dir: str | None = flag(None, "folder for everything written; default: runs/SCRIPT_DATA_SEED")
+    eval: str | None = flag(None, "a backbone.pt: only run the linear probe on it")
+    epochs: int | None = flag(None, "passes over the images")
+    batch_size: int | None = flag(None, "images a step, of all ranks together")
+    lr: float | None = flag(None, "learning rate at batch 256; scaled by batch / 256, adamw: by its root")
+    weight_decay: float | None = flag(None, "not applied to biases, norms and fusion weights", zero=True)
+    optimizer: Literal["lars", "sgd", "adamw"] | None = flag(None, "momentum .9, betas (.9, .999)")
+    warmup_epochs: float | None = flag(None, "linear warm-up, before a cosine to 0", zero=True)
+    arch: str | None = flag(None, "resnet10 or any classification model of torchvision")
+    stem: Literal["imagenet", "small", "strided"] | None = flag(None, "first layers of a ResNet")
+    image_size: int | None = flag(None, "side of a view in pixels")
+    precision: Literal["bf16", "fp16", "fp32"] | None = flag(None, "default: bf16 where the device has it")
+    compile: bool = flag(False, "torch.compile the backbone")
+    workers: int | None = flag(None, "processes that decode images from disk, for each rank", zero=True)
+    seed: int = flag(0, "everything random follows from it", zero=True)
+    save_every: int = flag(0, "steps between checkpoints; 0: only after each epoch", zero=True)
+    log_every: int = flag(10, "steps between lines of the log")
+    probe_every: int = flag(0, "epochs between linear probes; 0: only at the end", zero=True)
+    probe_epochs: int = flag(100, "epochs of the linear classifier")
+    probe_augment: bool = flag(False, "train the classifier on new random crops in each epoch")
+    tensorboard: bool = flag(False, "also write the log for TensorBoard, if it is installed")
+
+
+# Settings of the published runs (sources: README); an image size that is left out is that of the images.
+CIFAR = {"epochs": 1000, "batch_size": 256, "lr": 0.4, "weight_decay": 1e-4, "optimizer": "lars"}
+CIFAR |= {"warmup_epochs": 10, "arch": "resnet18", "temperature": 0.2, "projector": "2048-256"}
+IMAGENET100 = CIFAR | {"epochs": 400, "image_size": 224}
+IMAGENET = IMAGENET100 | {
+    "epochs": 100,
+    "batch_size": 4096,
+    "lr": 0.3,
+    "weight_decay": 1e-6,
+    "arch": "resnet50",
+}
+IMAGENET |= {"temperature": 0.1, "projector": "2048-128"}
+SHAPES = CIFAR | {"epochs": 20, "lr": 0.002, "optimizer": "adamw", "arch": "resnet10", "stem": "strided"}
+SHAPES |= {"projector": "512-128"}
+PRESETS = {"shapes": SHAPES, "cifar": CIFAR, "stl10": CIFAR | {"epochs": 200}}
+PRESETS |= {"imagenet100": IMAGENET100, "imagenet": IMAGENET}
+
+
+def recipes(size: int) -> tuple[Augment, Augment]:
+    """The augmentation of view 1 and view 2. SimCLR does not blur at 32 px."""
+    view = replace(SIMCLR, size=size, blur=SIMCLR.blur if size > 32 else 0.0)
+    return view, view
+
+
+def violation(z1: Tensor, z2: Tensor) -> Tensor:
+    """d+ - d- of each pair of z1, z2 (G, n, D), among the n pairs of its group: (G, n), above 0 a violation."""
+    z1, z2 = (F.normalize(z.float(), dim=2) for z in (z1, z2))
+    z, n = torch.cat([z1, z2], 1), z1.shape[1]
+    own = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
+    nearest = (z @ z.mT).masked_fill_(own, -1).amax(2)  # (G, 2n) cosine of the nearest other image's view
+    return nearest.unflatten(1, (2, n)).amax(1) - (z1 * z2).sum(2)  # = (1 - cos+) - (1 - cos-)
+
+
+class Method(nn.Module):
+    """SimCLR on curated batches. `share`: the images that one rank trains on, `steps`: of the whole run."""
+
+    def __init__(self, backbone: nn.Module, width: int, args: Args, share: int, steps: int):
+        super().__init__()
+        self.backbone, self.projector = backbone, mlp(width, args.projector)
+        self.temperature, self.share, self.kind = args.temperature, share, args.curation
+        self.start = args.curation_start * steps if args.curation_candidates > 1 else steps
+
+    def embed(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        # One forward of both views: batch norm sees the statistics of both together, as SimCLR's does.
+        x = torch.cat([x1, x2]).contiguous(memory_format=torch.channels_last)
+        return self.projector(self.backbone(x)).chunk(2)
+
+    @torch.no_grad()
+    def curate(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates (K B, 3, H, W) -> indices (B,) to train on, and the violations before and after."""
+        self.eval()
+        groups = 1 if self.kind == "pairs" else len(x1) // self.share
+        margin = violation(*(z.unflatten(0, (groups, -1)) for z in self.embed(x1, x2)))
+        self.train()
+        before = (margin > 0).float().mean(1)
+        if self.kind == "pairs":
+            rows = margin[0].topk(self.share, largest=False).indices
+        else:
+            rows = before.argmin() * self.share + torch.arange(self.share, device=x1.device)
+        return rows, before.mean(), (margin.flatten()[rows] > 0).float().mean()
+
+    def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Views (K B, 3, H, W) -> loss, its parts for the log, an embedding (B, D) to watch for collapse."""
+        if self.kind != "off" and step >= self.start:
+            rows, before, after = self.curate(x1, x2)
+            z1, z2 = self.embed(x1[rows], x2[rows])
+        else:
+            z1, z2 = self.embed(x1[: self.share], x2[: self.share])
+            before = after = (violation(z1.detach()[None], z2.detach()[None]) > 0).float().mean()
+        parts = {"violations_drawn": before, "violations_trained": after}
+        return nt_xent(z1, z2, self.temperature), parts, z1
+
+
+def chance_loss(args: Args) -> float:
+    """The loss of embeddings that know nothing."""
+    return math.log(2 * args.batch_size - 1)
+
+
+def param_groups(model: nn.Module, args: Args, peak: float) -> list[dict]:
+    """Weights; biases and norms, without decay and LARS."""
+    weights, others = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    return [
+        {
+            "name": "weights",
+            "params": weights,
+            "peak": peak,
+            "weight_decay": args.weight_decay,
+            "adapt": True,
+        },
+        {"name": "biases and norms", "params": others, "peak": peak, "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+def check(args: Args, given: set[str], images: int) -> None:
+    """Refuses what this method cannot do."""
+    if args.curation_start > 1:
+        refuse(f"--curation-start {args.curation_start} is greater than 1")
+    if args.curation == "off":
+        args.curation_candidates = 1
+    if args.curation_candidates * args.batch_size > images:
+        refuse(
+            f"--curation-candidates {args.curation_candidates} x batch {args.batch_size} exceed {images} images"
+        )
+
+
+# ------------------------------------------------------------- machinery: the same in all five scripts
+
+
+def refuse(message: str, code: int = 2) -> NoReturn:
+    """Ends with one line: code 2 for a wrong use, which all ranks see and rank 0 tells, 1 for a failure."""
+    if code != 2 or RANK == 0:
+        print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def parse() -> tuple[Args, set[str]]:
+    """The command line, made from the fields of Args, and the names of those that the user gave."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
+    for f in fields(Args):
+        kinds = (f.type,) if get_origin(f.type) is Literal else get_args(f.type) or (f.type,)
+        kind = kinds[0]  # of `int | None`: int
+        options = {"choices": get_args(kind)} if get_args(kind) else {"type": kind}
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
+        text = f"{f.metadata['help']} (default: {'by data set' if f.default is None else f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args())
+    for f in fields(Args):
+        value, zero = given.get(f.name), f.metadata["zero"]
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
+            refuse(
+                f"--{f.name.replace('_', '-')} {value}: must be {'at least' if zero else 'greater than'} 0"
+            )
+    return Args(**given), set(given)
+
+
+def settle(args: Args, given: set[str], data: Data) -> str:
+    """Fills in what the user left open, from the preset and the data. Returns a remark for the log."""
+    side, images = max(max(size) for size in data.pretrain.sizes), len(data.pretrain)
+    by_size = "cifar" if side <= 64 else "stl10" if side <= 128 else "imagenet100"
+    preset = (
+        "cifar" if args.data in ("cifar10", "cifar100") else args.data if args.data in PRESETS else by_size
+    )
+    for name in PRESETS[preset].keys() - given:
+        setattr(args, name, PRESETS[preset][name])
+    remark = f"{images} images of up to {side} px: preset {preset}"
+    args.image_size = args.image_size or max(8, side)
+    if "batch_size" not in given:
+        while args.batch_size > max(images // 8, 2 * WORLD):  # at least eight steps an epoch
+            args.batch_size //= 2
+        args.batch_size = max(2, args.batch_size // WORLD) * WORLD
+        remark += f", batch size {args.batch_size} (preset: {PRESETS[preset]['batch_size']})"
+    if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
+        refuse(f"--batch-size {args.batch_size} does not make equal shares of 2 or more for {WORLD} ranks")
+    if args.batch_size > images:
+        refuse(f"--batch-size {args.batch_size} exceeds the {images} images of --data {args.data}")
+    if "warmup_epochs" not in given:
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+    if args.warmup_epochs >= args.epochs:
+        refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+    args.stem = args.stem or ("small" if args.image_size <= 64 else "imagenet")
+    if args.precision is None:
+        cuda, cpu = DEVICE.type == "cuda", torch.cpu.get_capabilities()
+        bf16 = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("bf16")
+        args.precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
+    if args.workers is None:
+        args.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    check(args, given, images)
+    return remark
+
+
+def build_backbone(args: Args) -> tuple[nn.Module, int]:
+    """The network without its head, a function of the seed, and the width of its features.
+
+    Stems of a ResNet: imagenet (7x7 stride 2, max-pool), small (3x3 stride 1), strided (3x3 stride 2).
+    """
+    torch.manual_seed(args.seed)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if args.arch not in ["resnet10", *known]:
+        refuse(f"--arch {args.arch} is unknown: resnet10 or one of {', '.join(known)}")
+    if args.arch == "resnet10":
+        net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    else:
+        net = torchvision.models.get_model(args.arch, weights=None)
+    if isinstance(net, torchvision.models.ResNet) and args.stem != "imagenet":
+        net.conv1 = nn.Conv2d(3, 64, 3, stride=2 if args.stem == "strided" else 1, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    heads = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    try:
+        net.set_submodule(heads[-1], nn.Identity())
+        width = net.eval()(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
+    except Exception as error:  # each network objects in its own way
+        refuse(f"--arch {args.arch} does not work here with images of {args.image_size} px: {error}")
+    return net.train().to(DEVICE, memory_format=torch.channels_last), width
+
+
+def mlp(width: int, layers: str, norm: bool = True) -> nn.Sequential:
+    """Linear layers of the widths in `layers`, as 2048-128; between them batch norm, if `norm`, and ReLU."""
+    widths, modules = [width, *map(int, layers.split("-"))], []
+    for i, o in zip(widths[:-2], widths[1:-1], strict=True):
+        hidden = [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o)] if norm else [nn.Linear(i, o)]
+        modules += [*hidden, nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules, nn.Linear(*widths[-2:]))
+
+
+class LARS(torch.optim.Optimizer):
+    """v <- .9 v + r (g + wd w), w <- w - lr v, for each tensor r = .001 |w| / |g + wd w| (arXiv 1708.03888).
+
+    r = 1 where either norm is 0 and in groups with adapt = False. There are other formulas under this name:
+    learning rates do not carry over between them.
+    """
+
+    def __init__(self, params: list[dict], lr: float, momentum: float = 0.9, trust: float = 0.001):
+        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapt": True}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            grads = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
+            if group["adapt"]:
+                norms = zip(torch._foreach_norm(weights), torch._foreach_norm(grads), strict=True)
+                ratios = [torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0) for w, g in norms]
+                torch._foreach_mul_(grads, ratios)
+            velocity = [self.state[p].setdefault("velocity", torch.zeros_like(p)) for p in weights]
+            torch._foreach_mul_(velocity, group["momentum"])
+            torch._foreach_add_(velocity, grads)
+            torch._foreach_add_(weights, velocity, alpha=-group["lr"])
+
+
+def lr_at(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Learning rate of optimizer step 0, 1, ... steps - 1: linear warm-up to `peak`, then a cosine to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def any_rank(sign: bool) -> bool:
+    """Whether the sign stands on any rank; waits for all. On the CPU: the GPU need not catch up."""
+    if WORLD == 1:
+        return sign
+    tensor = torch.tensor(int(sign))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return bool(tensor)
+
+
+class Log:
+    """Lines for the reader, and one JSON object per event in metrics.jsonl. Only rank 0 writes."""
+
+    def __init__(self, folder: Path, tensorboard: bool):
+        self.file, self.redraw, self.board = (folder / "metrics.jsonl").open("a"), sys.stdout.isatty(), None
+        if tensorboard and RANK == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                refuse("--tensorboard: not installed, `pip install tensorboard`")
+            self.board = SummaryWriter(str(folder))
+
+    def say(self, text: str, passing: bool = False) -> None:
+        """Prints a line; on a terminal, a passing one is overwritten by the next."""
+        if RANK == 0:
+            start, end = ("\r\x1b[K", "" if passing else "\n") if self.redraw else ("", "\n")
+            print(start + text, end=end, flush=True)
+
+    def record(self, event: str, step: int, **values: object) -> None:
+        if RANK == 0:
+            print(json.dumps({"event": event, "step": step, **values}), file=self.file, flush=True)
+        for name, value in values.items() if self.board else ():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"{event}/{name}", value, step)
+
+
+def save_atomically(content: object, path: Path) -> None:
+    """Writes beside `path`, flushes to the disk, renames: at any moment `path` is whole, old or new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        refuse(f"cannot write {path} ({error}); what was there before is unharmed", 1)
+
+
+def load_checkpoint(path: Path, identity: dict) -> dict | None:
+    """The checkpoint, None if there is none; refuses a damaged one and one of another run."""
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        other = saved["identity"]
+    except Exception as error:  # a damaged file raises zip, pickle, key, type, end-of-file errors ...
+        refuse(f"{path} is damaged or not a checkpoint of this script ({type(error).__name__}): move it away")
+    changed = [f"{k} {other.get(k)} there, {v} now" for k, v in identity.items() if other.get(k) != v]
+    if changed:
+        refuse(
+            f"{path} is of another run ({'; '.join(changed)}): repeat its settings or give another --run-dir"
+        )
+    return saved
+
+
+def autocast(args: Args) -> torch.autocast:
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+    return torch.autocast(DEVICE.type, kind, enabled=kind is not None)
+
+
+@torch.inference_mode()
+def features(net: nn.Module, images: Images, args: Args, epoch: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features (N, d) in eval mode and labels (N,); each rank computes a share. Of centre crops, or with
+    `epoch` of random crops and flips, others in each epoch."""
+    recipe = replace(recipes(args.image_size)[0], jitter=0.0, gray=0.0, blur=0.0, solarize=0.0)
+    batches = Batches(
+        images, [recipe], 256, None if epoch is None else args.seed + 1000 * epoch, shuffle=False
+    )
+    steps, x = range(RANK, math.ceil(len(images) / 256), WORLD), None
+    y = torch.zeros(len(images), dtype=torch.int64, device=DEVICE)
+    net.eval()
+    for step, (used, (view,)) in zip(steps, batches.stream(steps, DEVICE, args.workers), strict=True):
+        with autocast(args):
+            out = net(view.contiguous(memory_format=torch.channels_last)).float()
+        x = torch.zeros(len(images), out.shape[1], device=DEVICE) if x is None else x
+        x[step * 256 :][: len(out)] = out
+        y[step * 256 :][: len(out)] = torch.from_numpy(used if images.labels is None else images.labels[used])
+    net.train()
+    for tensor in (x, y) if WORLD > 1 else ():
+        dist.all_reduce(tensor)
+    return x, y
+
+
+def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, Tensor]:
+    """Accuracy on val of a linear classifier on frozen features, and the features of train and val.
+
+    Features are standardised. Eight learning rates are trained side by side, as one classifier of 8 C
+    outputs, on nine tenths of train; the best on the other tenth is reported, as it is after the last epoch.
+    """
+    frozen = {name: value.clone() for name, value in net.state_dict().items()}
+    (raw, y), (raw_val, y_val) = (features(net, images, args) for images in (data.train, data.val))
+    mean, std = raw.mean(0), raw.std(0) + 1e-6
+    x, ones = (raw - mean) / std, torch.ones(len(raw), 1, device=DEVICE)  # the column of ones makes the bias
+    rates, classes = torch.logspace(-3, 0.5, 8, device=DEVICE), int(y.max()) + 1
+    order = torch.randperm(len(x), generator=generator(args.seed, 3)).to(DEVICE)
+    held, kept = order[: len(x) // 10], order[len(x) // 10 :]
+    batch = min(512, math.ceil(len(kept) / 4))
+    weight = torch.zeros(x.shape[1] + 1, 8 * classes, device=DEVICE)
+    velocity, per_epoch = torch.zeros_like(weight), len(kept) // batch
+
+    def logits(x: Tensor) -> Tensor:
+        return (torch.cat([x, ones[: len(x)]], 1) @ weight).view(len(x), 8, classes)
+
+    for step in range(args.probe_epochs * per_epoch):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0:
+            order = kept[torch.randperm(len(kept), generator=generator(args.seed, 4, epoch)).to(DEVICE)]
+            x = (features(net, data.train, args, epoch + 1)[0] - mean) / std if args.probe_augment else x
+        rows = order[i * batch : (i + 1) * batch]
+        error = logits(x[rows]).softmax(2) - F.one_hot(y[rows], classes)[:, None]  # of cross-entropy
+        velocity.mul_(0.9).addmm_(torch.cat([x[rows], ones[:batch]], 1).T, error.flatten(1), alpha=1 / batch)
+        lr = lr_at(step, args.probe_epochs * per_epoch, 0, 1.0) * rates
+        weight -= lr.repeat_interleave(classes) * velocity
+    best = (logits((raw[held] - mean) / std).argmax(2) == y[held, None]).float().mean(0).argmax()
+    ones = torch.ones(len(raw_val), 1, device=DEVICE)
+    hits = logits((raw_val - mean) / std)[:, best].topk(min(5, classes)).indices == y_val[:, None]
+    assert all(torch.equal(frozen[k], v) for k, v in net.state_dict().items()), "the backbone changed"
+    top1, top5 = (100 * hits[:, :k].any(1).float().mean().item() for k in (1, 5))
+    return {"top1": top1, "top5": top5, "probe_lr": rates[best].item()}, raw, raw_val
+
+
+def thumbnails(images: Images, rows: np.ndarray, args: Args) -> Tensor:
+    recipe = recipes(args.image_size)[0]
+    stream = Batches(images.take(rows), [recipe], len(rows)).stream([0], torch.device("cpu"))
+    return recipe.restore(next(stream)[1][0])
+
+
+def save_views(path: Path, originals: Tensor, model: nn.Module, views: list[Tensor], args: Args) -> None:
+    """A row for each image: the original, its two views, and the views as the backbone gets them."""
+    with torch.no_grad():
+        shown = [*views, *(model.fuse(*views, 0) if hasattr(model, "fuse") else ())]
+    shown = [recipes(args.image_size)[0].restore(view[: len(originals)]).cpu() for view in shown]
+    save_image(torch.stack([originals, *shown], 1).flatten(0, 1), path, nrow=len(shown) + 1)
+
+
+def save_neighbours(path: Path, asked: Images, ax: Tensor, images: Images, x: Tensor, args: Args) -> None:
+    """Eight rows: an image of `asked`, then the eight of `images` whose features make the smallest angle."""
+    rows = np.linspace(0, len(asked) - 1, 8).astype(int)
+    near = (F.normalize(ax[rows], dim=1) @ F.normalize(x, dim=1).T).topk(8).indices.cpu().numpy()
+    pairs = [(thumbnails(asked, rows[[i]], args), thumbnails(images, near[i], args)) for i in range(8)]
+    save_image(torch.cat([picture for pair in pairs for picture in pair]), path, nrow=9)
+
+
+def update(net, optimizer, scaler, views, step, context) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimizer step on two views; returns the loss with its parts, and an embedding."""
+    with context:
+        loss, parts, z = net(*views, step)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return {name: value.detach() for name, value in {"loss": loss, **parts}.items()}, z.detach()
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    args, given = parse()
+    if WORLD > 1:  # CPU tensors, as the stop sign, travel by gloo; the time is for rank 0's download
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=timedelta(hours=2)
+        )
+    if args.eval:  # with the network's own settings, unless the user gives others
+        own = json.loads(Path(args.eval).with_name("args.json").read_text())
+        for name in {"arch", "stem", "image_size"} - given:
+            setattr(args, name, own[name])
+            given.add(name)
+    for turn in (True, False):  # rank 0 first: it downloads
+        if turn == (RANK == 0):
+            data = load_data(args.data, args.root)
+        any_rank(False)
+    remark = settle(args, given, data)
+    run = Path(args.run_dir or f"runs/{Path(__file__).stem}_{Path(args.data).name}_{args.seed}")
+    run.mkdir(parents=True, exist_ok=True)
+    log = Log(run, args.tensorboard)
+    backbone, width = build_backbone(args)
+    untrained = copy.deepcopy(backbone)
+    top1_untrained = cache(lambda: linear_probe(untrained, data, args)[0]["top1"])
+
+    def evaluate(step: int) -> None:
+        if data.train is None:
+            log.say("no linear probe: the images have no labels")
+            images = asked = data.pretrain.take(np.arange(min(5000, len(data.pretrain))))
+            x = x_asked = features(backbone, images, args)[0]
+        else:
+            (result, x, x_asked), images, asked = linear_probe(backbone, data, args), data.train, data.val
+            log.record("probe", step, **result, top1_untrained=top1_untrained())
+            log.say(
+                f"linear probe at step {step} on {len(asked)} val images: top-1 {result['top1']:.2f} %, top-5 "
+                f"{result['top5']:.2f} %; untrained network: top-1 {top1_untrained():.2f} %"
+            )
+        if RANK == 0:
+            save_neighbours(run / "neighbours.png", asked, x_asked, images, x, args)
+
+    if args.eval:
+        backbone.load_state_dict(torch.load(args.eval, map_location="cpu", weights_only=True), strict=True)
+        return evaluate(0)
+
+    share, per_epoch = args.batch_size // WORLD, len(data.pretrain) // args.batch_size
+    steps, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
+    peak = args.lr * (args.batch_size / 256) ** (0.5 if args.optimizer == "adamw" else 1)
+    model = net = Method(backbone, width, args, share, steps).to(DEVICE)
+    if args.compile:
+        backbone.compile()
+    if WORLD > 1:  # SyncBatchNorm exists for CUDA only: on CPUs each rank normalises by its own share
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if DEVICE.type == "cuda" else model
+        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    groups = [group for group in param_groups(model, args, peak) if group["params"]]
+    optimizer = {
+        "lars": lambda: LARS(groups, peak),
+        "sgd": lambda: torch.optim.SGD(groups, peak, momentum=0.9, fused=True),
+        "adamw": lambda: torch.optim.AdamW(groups, peak, fused=True),
+    }[args.optimizer]()
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
+
+    settings, path, start = asdict(args), run / "checkpoint.pt", 0
+    free = "root run_dir eval compile workers save_every log_every probe_every probe_epochs probe_augment"
+    identity = {k: v for k, v in settings.items() if k not in [*free.split(), "tensorboard"]}
+    identity |= {"script": Path(__file__).stem, "images": len(data.pretrain)}
+    if saved := load_checkpoint(path, identity):
+        try:
+            model.load_state_dict(saved["model"], strict=True)
+        except RuntimeError as error:
+            refuse(f"{path} does not fit {WORLD} ranks, continue with as many as it was made with: {error}")
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        start = saved["step"]
+    view1, view2 = recipes(args.image_size)
+    log.say(
+        f"{remark}\n{' '.join(f'{name}={value}' for name, value in settings.items())}\n"
+        f"view 1: {view1}\nview 2: {'the same' if view1 == view2 else view2}\n"
+        f"{args.arch}, stem {args.stem}, {width} features; learning rate at batch {args.batch_size}: "
+        + ", ".join(
+            f"{g['peak']:.3g} for {sum(p.numel() for p in g['params']):,} {g['name']}" for g in groups
+        )
+        + f"\n{WORLD} x {share} images a step on {DEVICE}, {type(data.pretrain).__name__}, {args.precision}; "
+        f"{steps} steps in {run}; chance loss {chance_loss(args):.3f}"
+        + (f"\ncontinuing after step {start}" if start else "")
+    )
+    log.record("args", start, **settings, ranks=WORLD, device=str(DEVICE))
+    if RANK == 0:
+        (run / "args.json").write_text(json.dumps(settings, indent=1))
+
+    stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: stop.append(number))
+    drawn = args.curation_candidates * args.batch_size
+    batches = Batches(data.pretrain, (view1, view2), drawn, args.seed, RANK, WORLD)
+    stream = batches.stream(range(start, steps), DEVICE, args.workers)
+    since, first, waited, sums = time.perf_counter(), start, 0.0, {}
+    for step in range(start, steps):
+        asked = time.perf_counter()
+        rows, views = next(stream)
+        waited += time.perf_counter() - asked
+        if step == 0 and RANK == 0:
+            save_views(run / "views.png", thumbnails(data.pretrain, rows[:8], args), model, views, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, steps, warmup, group["peak"])
+        torch.manual_seed(generator(args.seed, step, 5, RANK).initial_seed())  # for networks with dropout
+        values, z = update(net, optimizer, scaler, views, step, autocast(args))
+        sums = {name: sums.get(name, 0) + value for name, value in values.items()}
+        done, stopping = step + 1, any_rank(bool(stop))
+        ends, logs = done % per_epoch == 0, done % args.log_every == 0 or done == steps
+        saves = ends or stopping or (args.save_every and done % args.save_every == 0)
+        if (saves or logs) and any_rank(not math.isfinite(sums["loss"])):
+            refuse(
+                f"the loss is not finite at step {done}, nothing saved: lower --lr or try --precision fp32", 1
+            )
+        if logs:
+            means = torch.stack(list(sums.values())) / (done - first) / WORLD
+            if WORLD > 1:
+                dist.all_reduce(means)
+            took, lr = time.perf_counter() - since, optimizer.param_groups[0]["lr"]
+            record = {"epoch": done / per_epoch, **dict(zip(sums, means.tolist(), strict=True)), "lr": lr}
+            record |= {"images_per_s": (done - first) * args.batch_size / took, "data_wait": waited / took}
+            record["std"] = (F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5).item()
+            record["seconds_left"] = (steps - done) * took / (done - first)
+            log.record("train", done, **record)
+            line = " ".join(f"{name} {value:.4g}" for name, value in record.items())
+            line += " COLLAPSE: nearly the same embedding for all images" if record["std"] < 0.1 else ""
+            log.say(f"step {done}/{steps} {line}", passing=done < steps)
+            since, first, waited, sums = time.perf_counter(), done, 0.0, {}
+        if saves and RANK == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"scaler": scaler.state_dict(), "step": done, "identity": identity}
+            save_atomically(state, path)
+        if stopping:
+            return log.say(f"stopped by a signal after step {done}; the same command continues there")
+        if args.probe_every and done < steps and done % (args.probe_every * per_epoch) == 0:
+            evaluate(done)
+    if RANK == 0:
+        save_atomically(backbone.state_dict(), run / "backbone.pt")
+    return evaluate(steps)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        refuse(str(error))
+    except OSError as error:
+        refuse(str(error), 1)
