@@ -8,15 +8,15 @@
 
 The same command again continues where the last run stopped; --dimcl-weight 0 is plain Barlow Twins.
 
-Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation C (D, D) to
-the identity (arXiv 2103.03230). DimCL contrasts dimensions: with Z1, Z2 centred, column i of Z1 and column i of
-Z2 are the pair among all 2D columns, NT-Xent at temperature .1 (arXiv 2309.11782):
+Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation C (D, D)
+to the identity (arXiv 2103.03230). DimCL contrasts dimensions: with Z1, Z2 centred, column i of Z1 and column
+i of Z2 are the pair among all 2D columns, NT-Xent at temperature .1 (arXiv 2309.11782):
 
     loss = w NT-Xent(columns of Z1, Z2) + (1 - w) (sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2),   w = .1
 
 Stated by the paper on DimCL: the contrast along the dimension, w and the temperature. Its batch norm and L2
-normalisation of a column are centring and L2 normalisation: the scale cancels. Our reading: under several ranks
-statistics and gradients of both losses are those of the whole batch.
+normalisation of a column are centring and L2 normalisation: the scale cancels. Our reading: under several
+ranks statistics and gradients of both losses are those of the whole batch.
 
 The published code's gradient is 1 / ranks of the true one. LARS cancels this for weights, but not for biases
 and norms: the published .0048 per 256 was .0048 / 32 of the exact gradient on its 32 GPUs, and so it is here.
@@ -60,11 +60,7 @@ from common import (
 )
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-DEVICE = (
-    torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if torch.cuda.is_available()
-    else torch.device("cpu")
-)
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def flag(default: object, text: str, zero: bool = False) -> object:
@@ -202,9 +198,8 @@ def parse() -> tuple[Args, set[str]]:
     for f in fields(Args):
         value, zero = given.get(f.name), f.metadata["zero"]
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
-            refuse(
-                f"--{f.name.replace('_', '-')} {value}: must be {'at least' if zero else 'greater than'} 0"
-            )
+            bound = "at least" if zero else "greater than"
+            refuse(f"--{f.name.replace('_', '-')} {value}: must be a number {bound} 0")
     return Args(**given), set(given)
 
 
@@ -212,9 +207,7 @@ def settle(args: Args, given: set[str], data: Data) -> str:
     """Fills in what the user left open, from the preset and the data. Returns a remark for the log."""
     side, images = max(max(size) for size in data.pretrain.sizes), len(data.pretrain)
     by_size = "cifar" if side <= 64 else "stl10" if side <= 128 else "imagenet100"
-    preset = (
-        "cifar" if args.data in ("cifar10", "cifar100") else args.data if args.data in PRESETS else by_size
-    )
+    preset = args.data if args.data in PRESETS else by_size
     for name in PRESETS[preset].keys() - given:
         setattr(args, name, PRESETS[preset][name])
     remark = f"{images} images of up to {side} px: preset {preset}"
@@ -232,6 +225,8 @@ def settle(args: Args, given: set[str], data: Data) -> str:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+    if not all(width.isdigit() and int(width) for width in args.projector.split("-")):
+        refuse(f"--projector {args.projector}: give the widths of its layers, as 2048-128")
     args.stem = args.stem or ("small" if args.image_size <= 64 else "imagenet")
     if args.precision is None:
         cuda, cpu = DEVICE.type == "cuda", torch.cpu.get_capabilities()
@@ -269,13 +264,9 @@ def build_backbone(args: Args) -> tuple[nn.Module, int]:
     return net.train().to(DEVICE, memory_format=torch.channels_last), width
 
 
-def mlp(width: int, layers: str, norm: bool = True) -> nn.Sequential:
-    """Linear layers of the widths in `layers`, as 2048-128; between them batch norm, if `norm`, and ReLU."""
-    widths, modules = [width, *map(int, layers.split("-"))], []
-    for i, o in zip(widths[:-2], widths[1:-1], strict=True):
-        hidden = [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o)] if norm else [nn.Linear(i, o)]
-        modules += [*hidden, nn.ReLU(inplace=True)]
-    return nn.Sequential(*modules, nn.Linear(*widths[-2:]))
+def mlp(width: int, layers: str, norm: type[nn.Module] | None = nn.BatchNorm1d) -> nn.Sequential:
+    """Linear layers of the widths in `layers`, as 2048-128, with the norm and ReLU between them."""
+    return torchvision.ops.MLP(width, [int(out) for out in layers.split("-")], norm_layer=norm)
 
 
 class LARS(torch.optim.Optimizer):
@@ -447,8 +438,8 @@ def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, 
 
 def thumbnails(images: Images, rows: np.ndarray, args: Args) -> Tensor:
     recipe = recipes(args.image_size)[0]
-    stream = Batches(images.take(rows), [recipe], len(rows)).stream([0], torch.device("cpu"))
-    return recipe.restore(next(stream)[1][0])
+    stream = Batches(images, [recipe], len(rows), rows=rows).stream([0], DEVICE)
+    return recipe.restore(next(stream)[1][0]).cpu()
 
 
 def save_views(path: Path, originals: Tensor, model: nn.Module, views: list[Tensor], args: Args) -> None:
@@ -461,10 +452,12 @@ def save_views(path: Path, originals: Tensor, model: nn.Module, views: list[Tens
 
 def save_neighbours(path: Path, asked: Images, ax: Tensor, images: Images, x: Tensor, args: Args) -> None:
     """Eight rows: an image of `asked`, then the eight of `images` whose features make the smallest angle."""
-    rows = np.linspace(0, len(asked) - 1, 8).astype(int)
-    near = (F.normalize(ax[rows], dim=1) @ F.normalize(x, dim=1).T).topk(8).indices.cpu().numpy()
-    pairs = [(thumbnails(asked, rows[[i]], args), thumbnails(images, near[i], args)) for i in range(8)]
-    save_image(torch.cat([picture for pair in pairs for picture in pair]), path, nrow=9)
+    rows = np.linspace(0, len(asked) - 1, min(8, len(asked))).astype(int)
+    near = F.normalize(ax[rows], dim=1) @ F.normalize(x, dim=1).T
+    near = near.topk(min(8, len(x))).indices.cpu().numpy()
+    found = thumbnails(images, near.flatten(), args).unflatten(0, near.shape)
+    pictures = torch.cat([thumbnails(asked, rows, args)[:, None], found], 1)
+    save_image(pictures.flatten(0, 1), path, nrow=pictures.shape[1])
 
 
 def update(net, optimizer, scaler, views, step, context) -> tuple[dict[str, Tensor], Tensor]:
@@ -483,14 +476,17 @@ def update(net, optimizer, scaler, views, step, context) -> tuple[dict[str, Tens
 
 def main() -> None:
     args, given = parse()
-    if WORLD > 1:  # CPU tensors, as the stop sign, travel by gloo; the time is for rank 0's download
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=timedelta(hours=2)
+    cuda = DEVICE.type == "cuda"
+    if cuda and DEVICE.index >= torch.cuda.device_count():
+        refuse(
+            f"{DEVICE} does not exist, there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node", 1
         )
-    if args.eval:  # with the network's own settings, unless the user gives others
-        own = json.loads(Path(args.eval).with_name("args.json").read_text())
-        for name in {"arch", "stem", "image_size"} - given:
-            setattr(args, name, own[name])
+    if WORLD > 1:  # CPU tensors, as the stop sign, travel by gloo; the time is for rank 0's download
+        torch.cuda.set_device(DEVICE) if cuda else None
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if args.eval and (own := Path(args.eval).with_name("args.json")).exists():
+        for name in {"arch", "stem", "image_size"} - given:  # the network's own
+            setattr(args, name, json.loads(own.read_text())[name])
             given.add(name)
     for turn in (True, False):  # rank 0 first: it downloads
         if turn == (RANK == 0):
@@ -505,6 +501,8 @@ def main() -> None:
     top1_untrained = cache(lambda: linear_probe(untrained, data, args)[0]["top1"])
 
     def evaluate(step: int) -> None:
+        for buffer in backbone.buffers() if WORLD > 1 else ():
+            dist.broadcast(buffer, 0)  # running averages of batch norms that are not synchronised
         if data.train is None:
             log.say("no linear probe: the images have no labels")
             images = asked = data.pretrain.take(np.arange(min(5000, len(data.pretrain))))
@@ -513,14 +511,18 @@ def main() -> None:
             (result, x, x_asked), images, asked = linear_probe(backbone, data, args), data.train, data.val
             log.record("probe", step, **result, top1_untrained=top1_untrained())
             log.say(
-                f"linear probe at step {step} on {len(asked)} val images: top-1 {result['top1']:.2f} %, top-5 "
+                f"linear probe, step {step}, {len(asked)} val images: top-1 {result['top1']:.2f} %, top-5 "
                 f"{result['top5']:.2f} %; untrained network: top-1 {top1_untrained():.2f} %"
             )
         if RANK == 0:
             save_neighbours(run / "neighbours.png", asked, x_asked, images, x, args)
 
     if args.eval:
-        backbone.load_state_dict(torch.load(args.eval, map_location="cpu", weights_only=True), strict=True)
+        try:
+            weights = torch.load(args.eval, map_location="cpu", weights_only=True)
+            backbone.load_state_dict(weights, strict=True)
+        except Exception as error:  # no file, no weights, weights of another network
+            refuse(f"--eval {args.eval} does not hold a {args.arch} with stem {args.stem}: {error}")
         return evaluate(0)
 
     share, per_epoch = args.batch_size // WORLD, len(data.pretrain) // args.batch_size
@@ -530,7 +532,7 @@ def main() -> None:
     if args.compile:
         backbone.compile()
     if WORLD > 1:  # SyncBatchNorm exists for CUDA only: on CPUs each rank normalises by its own share
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if DEVICE.type == "cuda" else model
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     groups = [group for group in param_groups(model, args, peak) if group["params"]]
     optimizer = {
@@ -541,8 +543,9 @@ def main() -> None:
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
 
     settings, path, start = asdict(args), run / "checkpoint.pt", 0
-    free = "root run_dir eval compile workers save_every log_every probe_every probe_epochs probe_augment"
-    identity = {k: v for k, v in settings.items() if k not in [*free.split(), "tensorboard"]}
+    free = {"root", "run_dir", "eval", "compile", "workers", "save_every", "log_every", "tensorboard"}
+    free |= {"probe_every", "probe_epochs", "probe_augment"}  # what may change when a run continues
+    identity = {name: value for name, value in settings.items() if name not in free}
     identity |= {"script": Path(__file__).stem, "images": len(data.pretrain)}
     if saved := load_checkpoint(path, identity):
         try:
@@ -553,17 +556,16 @@ def main() -> None:
         scaler.load_state_dict(saved["scaler"])
         start = saved["step"]
     view1, view2 = recipes(args.image_size)
-    log.say(
-        f"{remark}\n{' '.join(f'{name}={value}' for name, value in settings.items())}\n"
-        f"view 1: {view1}\nview 2: {'the same' if view1 == view2 else view2}\n"
-        f"{args.arch}, stem {args.stem}, {width} features; learning rate at batch {args.batch_size}: "
-        + ", ".join(
-            f"{g['peak']:.3g} for {sum(p.numel() for p in g['params']):,} {g['name']}" for g in groups
+    log.say(f"{remark}, {type(data.pretrain).__name__}")
+    log.say(" ".join(f"{name}={value}" for name, value in settings.items()))
+    log.say(f"view 1: {view1}\nview 2: {'the same' if view1 == view2 else view2}")
+    log.say(f"{args.arch}, stem {args.stem}, {width} features, {args.precision} on {DEVICE}")
+    for g in groups:
+        log.say(
+            f"{sum(p.numel() for p in g['params']):,} {g['name']}: learning rate {g['peak']:.3g} at its peak"
         )
-        + f"\n{WORLD} x {share} images a step on {DEVICE}, {type(data.pretrain).__name__}, {args.precision}; "
-        f"{steps} steps in {run}; chance loss {chance_loss(args):.3f}"
-        + (f"\ncontinuing after step {start}" if start else "")
-    )
+    log.say(f"{WORLD} x {share} images a step, {steps} steps, chance loss {chance_loss(args):.3f}, in {run}")
+    log.say(f"continuing after step {start}" if start else "starting")
     log.record("args", start, **settings, ranks=WORLD, device=str(DEVICE))
     if RANK == 0:
         (run / "args.json").write_text(json.dumps(settings, indent=1))
@@ -589,9 +591,7 @@ def main() -> None:
         ends, logs = done % per_epoch == 0, done % args.log_every == 0 or done == steps
         saves = ends or stopping or (args.save_every and done % args.save_every == 0)
         if (saves or logs) and any_rank(not math.isfinite(sums["loss"])):
-            refuse(
-                f"the loss is not finite at step {done}, nothing saved: lower --lr or try --precision fp32", 1
-            )
+            refuse(f"loss not finite at step {done}, not saved: lower --lr or use --precision fp32", 1)
         if logs:
             means = torch.stack(list(sums.values())) / (done - first) / WORLD
             if WORLD > 1:

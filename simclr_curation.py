@@ -8,16 +8,17 @@
 
 The same command again continues where the last run stopped; --curation off is plain SimCLR.
 
-Method. Two random views of B images pass the backbone f and the projector g, loss = NT-Xent(z1, z2). Random views
-of one image may share nothing, and those of two images may look alike: such pairs contradict the objective.
-Curation draws K B candidate pairs a step and, with the current network in eval mode, finds for pair i
+Method. Two random views of B images pass the backbone f and the projector g, loss = NT-Xent(z1, z2). Random
+views of one image may share nothing, and those of two images may look alike: such pairs contradict the
+objective. Curation draws K B candidate pairs a step and, with the current network in eval mode, finds for
+pair i
 
-    d+ = 1 - cos of its two views,    d- = the smallest 1 - cos between either view and any other image's views
+    d+ = 1 - cos of its two views,  d- = the smallest 1 - cos between either view and any other image's views
 
-A pair with d+ > d- violates the objective. --curation batch: of K candidate batches, train on the one with the
-smallest share of violations. --curation pairs: of all K B pairs, train on the B with the smallest d+ - d-. It
-starts after --curation-start of the training, when distances mean something. Under several ranks each curates
-its own share.
+A pair with d+ > d- violates the objective. --curation batch: of K candidate batches, train on the one with
+the smallest share of violations. --curation pairs: of all K B pairs, train on the B with the smallest d+ -
+d-. It starts after --curation-start of the training, when distances mean something. Under several ranks each
+curates its own share.
 
 Stated by the paper (arXiv 2108.08643, abstract): batches that are more in line with the contrastive objective
 are selected during training. Criterion, granularity and start are our reading.
@@ -50,11 +51,7 @@ from torchvision.utils import save_image
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-DEVICE = (
-    torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if torch.cuda.is_available()
-    else torch.device("cpu")
-)
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def flag(default: object, text: str, zero: bool = False) -> object:
@@ -99,14 +96,8 @@ class Args:
 CIFAR = {"epochs": 1000, "batch_size": 256, "lr": 0.4, "weight_decay": 1e-4, "optimizer": "lars"}
 CIFAR |= {"warmup_epochs": 10, "arch": "resnet18", "temperature": 0.2, "projector": "2048-256"}
 IMAGENET100 = CIFAR | {"epochs": 400, "image_size": 224}
-IMAGENET = IMAGENET100 | {
-    "epochs": 100,
-    "batch_size": 4096,
-    "lr": 0.3,
-    "weight_decay": 1e-6,
-    "arch": "resnet50",
-}
-IMAGENET |= {"temperature": 0.1, "projector": "2048-128"}
+IMAGENET = IMAGENET100 | {"epochs": 100, "batch_size": 4096, "lr": 0.3, "weight_decay": 1e-6}
+IMAGENET |= {"arch": "resnet50", "temperature": 0.1, "projector": "2048-128"}
 SHAPES = CIFAR | {"epochs": 20, "lr": 0.002, "optimizer": "adamw", "arch": "resnet10", "stem": "strided"}
 SHAPES |= {"projector": "512-128"}
 PRESETS = {"shapes": SHAPES, "cifar": CIFAR, "stl10": CIFAR | {"epochs": 200}}
@@ -114,13 +105,15 @@ PRESETS |= {"imagenet100": IMAGENET100, "imagenet": IMAGENET}
 
 
 def recipes(size: int) -> tuple[Augment, Augment]:
-    """The augmentation of view 1 and view 2. SimCLR does not blur at 32 px."""
-    view = replace(SIMCLR, size=size, blur=SIMCLR.blur if size > 32 else 0.0)
+    """The augmentation of view 1 and view 2; at 32 px without blur and with half the jitter, as in SimCLR's own
+    runs on CIFAR-10 (appendix B.9)."""
+    weaker = {"blur": 0.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+    view = replace(SIMCLR, size=size, **(weaker if size <= 32 else {}))
     return view, view
 
 
 def violation(z1: Tensor, z2: Tensor) -> Tensor:
-    """d+ - d- of each pair of z1, z2 (G, n, D), among the n pairs of its group: (G, n), above 0 a violation."""
+    """d+ - d- of each pair of z1, z2 (G, n, D), among the n of its group: (G, n), a violation above 0."""
     z1, z2 = (F.normalize(z.float(), dim=2) for z in (z1, z2))
     z, n = torch.cat([z1, z2], 1), z1.shape[1]
     own = torch.eye(n, dtype=torch.bool, device=z.device).repeat(2, 2)
@@ -195,9 +188,7 @@ def check(args: Args, given: set[str], images: int) -> None:
     if args.curation == "off":
         args.curation_candidates = 1
     if args.curation_candidates * args.batch_size > images:
-        refuse(
-            f"--curation-candidates {args.curation_candidates} x batch {args.batch_size} exceed {images} images"
-        )
+        refuse(f"{args.curation_candidates} candidates x batch {args.batch_size} exceed the {images} images")
 
 
 # ------------------------------------------------------------- machinery: the same in all five scripts
@@ -226,9 +217,8 @@ def parse() -> tuple[Args, set[str]]:
     for f in fields(Args):
         value, zero = given.get(f.name), f.metadata["zero"]
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
-            refuse(
-                f"--{f.name.replace('_', '-')} {value}: must be {'at least' if zero else 'greater than'} 0"
-            )
+            bound = "at least" if zero else "greater than"
+            refuse(f"--{f.name.replace('_', '-')} {value}: must be a number {bound} 0")
     return Args(**given), set(given)
 
 
@@ -236,9 +226,7 @@ def settle(args: Args, given: set[str], data: Data) -> str:
     """Fills in what the user left open, from the preset and the data. Returns a remark for the log."""
     side, images = max(max(size) for size in data.pretrain.sizes), len(data.pretrain)
     by_size = "cifar" if side <= 64 else "stl10" if side <= 128 else "imagenet100"
-    preset = (
-        "cifar" if args.data in ("cifar10", "cifar100") else args.data if args.data in PRESETS else by_size
-    )
+    preset = args.data if args.data in PRESETS else by_size
     for name in PRESETS[preset].keys() - given:
         setattr(args, name, PRESETS[preset][name])
     remark = f"{images} images of up to {side} px: preset {preset}"
@@ -256,6 +244,8 @@ def settle(args: Args, given: set[str], data: Data) -> str:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+    if not all(width.isdigit() and int(width) for width in args.projector.split("-")):
+        refuse(f"--projector {args.projector}: give the widths of its layers, as 2048-128")
     args.stem = args.stem or ("small" if args.image_size <= 64 else "imagenet")
     if args.precision is None:
         cuda, cpu = DEVICE.type == "cuda", torch.cpu.get_capabilities()
@@ -293,13 +283,9 @@ def build_backbone(args: Args) -> tuple[nn.Module, int]:
     return net.train().to(DEVICE, memory_format=torch.channels_last), width
 
 
-def mlp(width: int, layers: str, norm: bool = True) -> nn.Sequential:
-    """Linear layers of the widths in `layers`, as 2048-128; between them batch norm, if `norm`, and ReLU."""
-    widths, modules = [width, *map(int, layers.split("-"))], []
-    for i, o in zip(widths[:-2], widths[1:-1], strict=True):
-        hidden = [nn.Linear(i, o, bias=False), nn.BatchNorm1d(o)] if norm else [nn.Linear(i, o)]
-        modules += [*hidden, nn.ReLU(inplace=True)]
-    return nn.Sequential(*modules, nn.Linear(*widths[-2:]))
+def mlp(width: int, layers: str, norm: type[nn.Module] | None = nn.BatchNorm1d) -> nn.Sequential:
+    """Linear layers of the widths in `layers`, as 2048-128, with the norm and ReLU between them."""
+    return torchvision.ops.MLP(width, [int(out) for out in layers.split("-")], norm_layer=norm)
 
 
 class LARS(torch.optim.Optimizer):
@@ -471,8 +457,8 @@ def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, 
 
 def thumbnails(images: Images, rows: np.ndarray, args: Args) -> Tensor:
     recipe = recipes(args.image_size)[0]
-    stream = Batches(images.take(rows), [recipe], len(rows)).stream([0], torch.device("cpu"))
-    return recipe.restore(next(stream)[1][0])
+    stream = Batches(images, [recipe], len(rows), rows=rows).stream([0], DEVICE)
+    return recipe.restore(next(stream)[1][0]).cpu()
 
 
 def save_views(path: Path, originals: Tensor, model: nn.Module, views: list[Tensor], args: Args) -> None:
@@ -485,10 +471,12 @@ def save_views(path: Path, originals: Tensor, model: nn.Module, views: list[Tens
 
 def save_neighbours(path: Path, asked: Images, ax: Tensor, images: Images, x: Tensor, args: Args) -> None:
     """Eight rows: an image of `asked`, then the eight of `images` whose features make the smallest angle."""
-    rows = np.linspace(0, len(asked) - 1, 8).astype(int)
-    near = (F.normalize(ax[rows], dim=1) @ F.normalize(x, dim=1).T).topk(8).indices.cpu().numpy()
-    pairs = [(thumbnails(asked, rows[[i]], args), thumbnails(images, near[i], args)) for i in range(8)]
-    save_image(torch.cat([picture for pair in pairs for picture in pair]), path, nrow=9)
+    rows = np.linspace(0, len(asked) - 1, min(8, len(asked))).astype(int)
+    near = F.normalize(ax[rows], dim=1) @ F.normalize(x, dim=1).T
+    near = near.topk(min(8, len(x))).indices.cpu().numpy()
+    found = thumbnails(images, near.flatten(), args).unflatten(0, near.shape)
+    pictures = torch.cat([thumbnails(asked, rows, args)[:, None], found], 1)
+    save_image(pictures.flatten(0, 1), path, nrow=pictures.shape[1])
 
 
 def update(net, optimizer, scaler, views, step, context) -> tuple[dict[str, Tensor], Tensor]:
@@ -507,14 +495,17 @@ def update(net, optimizer, scaler, views, step, context) -> tuple[dict[str, Tens
 
 def main() -> None:
     args, given = parse()
-    if WORLD > 1:  # CPU tensors, as the stop sign, travel by gloo; the time is for rank 0's download
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=timedelta(hours=2)
+    cuda = DEVICE.type == "cuda"
+    if cuda and DEVICE.index >= torch.cuda.device_count():
+        refuse(
+            f"{DEVICE} does not exist, there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node", 1
         )
-    if args.eval:  # with the network's own settings, unless the user gives others
-        own = json.loads(Path(args.eval).with_name("args.json").read_text())
-        for name in {"arch", "stem", "image_size"} - given:
-            setattr(args, name, own[name])
+    if WORLD > 1:  # CPU tensors, as the stop sign, travel by gloo; the time is for rank 0's download
+        torch.cuda.set_device(DEVICE) if cuda else None
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if args.eval and (own := Path(args.eval).with_name("args.json")).exists():
+        for name in {"arch", "stem", "image_size"} - given:  # the network's own
+            setattr(args, name, json.loads(own.read_text())[name])
             given.add(name)
     for turn in (True, False):  # rank 0 first: it downloads
         if turn == (RANK == 0):
@@ -529,6 +520,8 @@ def main() -> None:
     top1_untrained = cache(lambda: linear_probe(untrained, data, args)[0]["top1"])
 
     def evaluate(step: int) -> None:
+        for buffer in backbone.buffers() if WORLD > 1 else ():
+            dist.broadcast(buffer, 0)  # running averages of batch norms that are not synchronised
         if data.train is None:
             log.say("no linear probe: the images have no labels")
             images = asked = data.pretrain.take(np.arange(min(5000, len(data.pretrain))))
@@ -537,14 +530,18 @@ def main() -> None:
             (result, x, x_asked), images, asked = linear_probe(backbone, data, args), data.train, data.val
             log.record("probe", step, **result, top1_untrained=top1_untrained())
             log.say(
-                f"linear probe at step {step} on {len(asked)} val images: top-1 {result['top1']:.2f} %, top-5 "
+                f"linear probe, step {step}, {len(asked)} val images: top-1 {result['top1']:.2f} %, top-5 "
                 f"{result['top5']:.2f} %; untrained network: top-1 {top1_untrained():.2f} %"
             )
         if RANK == 0:
             save_neighbours(run / "neighbours.png", asked, x_asked, images, x, args)
 
     if args.eval:
-        backbone.load_state_dict(torch.load(args.eval, map_location="cpu", weights_only=True), strict=True)
+        try:
+            weights = torch.load(args.eval, map_location="cpu", weights_only=True)
+            backbone.load_state_dict(weights, strict=True)
+        except Exception as error:  # no file, no weights, weights of another network
+            refuse(f"--eval {args.eval} does not hold a {args.arch} with stem {args.stem}: {error}")
         return evaluate(0)
 
     share, per_epoch = args.batch_size // WORLD, len(data.pretrain) // args.batch_size
@@ -554,7 +551,7 @@ def main() -> None:
     if args.compile:
         backbone.compile()
     if WORLD > 1:  # SyncBatchNorm exists for CUDA only: on CPUs each rank normalises by its own share
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if DEVICE.type == "cuda" else model
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     groups = [group for group in param_groups(model, args, peak) if group["params"]]
     optimizer = {
@@ -565,8 +562,9 @@ def main() -> None:
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
 
     settings, path, start = asdict(args), run / "checkpoint.pt", 0
-    free = "root run_dir eval compile workers save_every log_every probe_every probe_epochs probe_augment"
-    identity = {k: v for k, v in settings.items() if k not in [*free.split(), "tensorboard"]}
+    free = {"root", "run_dir", "eval", "compile", "workers", "save_every", "log_every", "tensorboard"}
+    free |= {"probe_every", "probe_epochs", "probe_augment"}  # what may change when a run continues
+    identity = {name: value for name, value in settings.items() if name not in free}
     identity |= {"script": Path(__file__).stem, "images": len(data.pretrain)}
     if saved := load_checkpoint(path, identity):
         try:
@@ -577,17 +575,16 @@ def main() -> None:
         scaler.load_state_dict(saved["scaler"])
         start = saved["step"]
     view1, view2 = recipes(args.image_size)
-    log.say(
-        f"{remark}\n{' '.join(f'{name}={value}' for name, value in settings.items())}\n"
-        f"view 1: {view1}\nview 2: {'the same' if view1 == view2 else view2}\n"
-        f"{args.arch}, stem {args.stem}, {width} features; learning rate at batch {args.batch_size}: "
-        + ", ".join(
-            f"{g['peak']:.3g} for {sum(p.numel() for p in g['params']):,} {g['name']}" for g in groups
+    log.say(f"{remark}, {type(data.pretrain).__name__}")
+    log.say(" ".join(f"{name}={value}" for name, value in settings.items()))
+    log.say(f"view 1: {view1}\nview 2: {'the same' if view1 == view2 else view2}")
+    log.say(f"{args.arch}, stem {args.stem}, {width} features, {args.precision} on {DEVICE}")
+    for g in groups:
+        log.say(
+            f"{sum(p.numel() for p in g['params']):,} {g['name']}: learning rate {g['peak']:.3g} at its peak"
         )
-        + f"\n{WORLD} x {share} images a step on {DEVICE}, {type(data.pretrain).__name__}, {args.precision}; "
-        f"{steps} steps in {run}; chance loss {chance_loss(args):.3f}"
-        + (f"\ncontinuing after step {start}" if start else "")
-    )
+    log.say(f"{WORLD} x {share} images a step, {steps} steps, chance loss {chance_loss(args):.3f}, in {run}")
+    log.say(f"continuing after step {start}" if start else "starting")
     log.record("args", start, **settings, ranks=WORLD, device=str(DEVICE))
     if RANK == 0:
         (run / "args.json").write_text(json.dumps(settings, indent=1))
@@ -614,9 +611,7 @@ def main() -> None:
         ends, logs = done % per_epoch == 0, done % args.log_every == 0 or done == steps
         saves = ends or stopping or (args.save_every and done % args.save_every == 0)
         if (saves or logs) and any_rank(not math.isfinite(sums["loss"])):
-            refuse(
-                f"the loss is not finite at step {done}, nothing saved: lower --lr or try --precision fp32", 1
-            )
+            refuse(f"loss not finite at step {done}, not saved: lower --lr or use --precision fp32", 1)
         if logs:
             means = torch.stack(list(sums.values())) / (done - first) / WORLD
             if WORLD > 1:
