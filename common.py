@@ -1,7 +1,5 @@
 """Data, augmentation and losses of the five trainers. No file here imports another of the project.
 
-Three parts, each usable on its own:
-
 - **Data**: `load_data` finds the images, `Batches` serves them, from memory or from disk.
 - **Augmentation**: `Augment`, batched, on the training device, random per sample.
 - **Losses**: `nt_xent`, `info_nce`, `byol_loss`, `barlow_twins`, `dimcl`, and `gather` for several ranks.
@@ -13,11 +11,12 @@ order to continue a run, and neither the number of workers nor that of ranks cha
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +26,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
+
+# torchvision announces the end of its decoder at every image; `OnDisk.read` would do with Pillow then, slower.
+warnings.filterwarnings("ignore", message=".*decoding.*deprecated", module="torchvision")
 
 
 def generator(*key: int) -> torch.Generator:
@@ -39,7 +40,9 @@ def generator(*key: int) -> torch.Generator:
     Always on the CPU: the host then knows which samples an operation concerns and never has to ask the
     device, and a run draws the same numbers on every kind of device.
     """
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence((*key, len(key))).generate_state(1, np.uint64)[
+        0
+    ]  # it drops zeros at the end
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
@@ -70,9 +73,8 @@ class InMemory:
 
     def take(self, rows: np.ndarray) -> "InMemory":
         """The images at `rows`."""
-        return InMemory(
-            self.pixels[torch.from_numpy(rows)], None if self.labels is None else self.labels[rows]
-        )
+        labels = None if self.labels is None else self.labels[rows]
+        return InMemory(self.pixels[torch.from_numpy(rows)], labels)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -121,6 +123,9 @@ class OnDisk:
                     pixels = decode_image(path, mode=ImageReadMode.RGB)
                 except RuntimeError:  # a format that torchvision has no decoder for (BMP, TIFF): ask Pillow
                     pixels = pil_to_tensor(datasets.folder.default_loader(path))
+                pixels = pixels if pixels.ndim == 3 else pixels[0]  # an animation's first image
+                if pixels.dtype == torch.uint16:  # 16-bit PNG, which Pillow would clip to white
+                    pixels = (pixels.int() >> 8).byte()
                 return i % len(self), pixels, failed
             except (OSError, ValueError, RuntimeError, SyntaxError):  # Pillow's words for a broken file
                 failed.append(i % len(self))
@@ -132,10 +137,9 @@ class OnDisk:
             self.broken.add(i)
             print(f"unreadable image, replaced by the next one: {self.path(i)}", file=sys.stderr, flush=True)
         if len(self.broken) > 0.01 * len(self):
-            raise DataError(
-                f"{len(self.broken)} of {len(self)} images in {os.fsdecode(self.folder)} cannot be read (limit 1 %), "
-                f"the last one {self.path(max(self.broken))}: remove or repair them"
-            )
+            found = f"{len(self.broken)} of {len(self)} images in {os.fsdecode(self.folder)}"
+            last = self.path(max(self.broken))
+            raise DataError(f"{found} cannot be read (limit 1 %), the last one {last}: remove or repair them")
 
 
 Images = InMemory | OnDisk
@@ -172,94 +176,95 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
         raise DataError(f"no folder {folder}: --data takes a folder of images or one of {names}")
     if not (folder / "train").is_dir():
         files, labels, _ = _list_images(folder)
+        images = OnDisk(folder, files, labels)
         if labels is None:
-            return Data(_hold(OnDisk(folder, files)), None, None)
-        held = np.zeros(len(files), bool)
-        held[np.random.default_rng(0).permutation(len(files))[: len(files) // 10]] = True
-        train = _hold(OnDisk(folder, files[~held], labels[~held]))
-        return Data(train, train, _hold(OnDisk(folder, files[held], labels[held])))
-    files, labels, classes = _list_images(folder / "train")
-    if not (folder / "val").is_dir():
+            return Data(_hold(images), None, None)
+        mixed = np.random.default_rng(0).permutation(len(images))
+        tenth = math.ceil(len(images) / 10)
+        train, val = images.take(np.sort(mixed[tenth:])), images.take(np.sort(mixed[:tenth]))
+    elif not (folder / "val").is_dir():
         raise DataError(f"{folder} has train/ but no val/: add val/, or pass --data {folder / 'train'}")
-    val_files, val_labels, val_classes = _list_images(folder / "val")
-    if labels is None or val_labels is None or not set(val_classes) <= set(classes):
-        odd = sorted(set(val_classes) - set(classes))[:3]
-        raise DataError(f"{folder}/train and /val need the same class folders; only in val: {odd or 'none'}")
-    val_labels = np.array([classes.index(c) for c in val_classes])[val_labels]
-    train = _hold(OnDisk(folder / "train", files, labels))
-    return Data(train, train, _hold(OnDisk(folder / "val", val_files, val_labels)))
+    else:
+        files, labels, classes = _list_images(folder / "train")
+        val_files, val_labels, val_classes = _list_images(folder / "val")
+        odd = sorted(set(val_classes) - set(classes))
+        if odd or not classes or not val_classes:
+            found = f"{odd[:3]} only in val" if odd else f"{len(classes)} and {len(val_classes)} found"
+            raise DataError(f"{folder}/train and {folder}/val need class folders, the same in both: {found}")
+        train = OnDisk(folder / "train", files, labels)
+        val_labels = np.array([classes.index(c) for c in val_classes])[val_labels]
+        val = OnDisk(folder / "val", val_files, val_labels)
+    train = _hold(train)
+    return Data(train, train, _hold(val))
 
 
 def _list_images(folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     """Files, labels and classes of a folder. Labels exist where all images lie in at least two folders
     directly below `folder`, as in ImageFolder; any other arrangement has none."""
-    files: list[bytes] = []
-    walk = sorted(os.walk(os.fsencode(folder), followlinks=True))
+    top, files = os.fsencode(folder), []
     endings = tuple(e.encode() for e in datasets.folder.IMG_EXTENSIONS)
-    for where, _, names in walk:
-        prefix = os.path.relpath(where, os.fsencode(folder)) + b"/"
-        prefix = b"" if prefix == b"./" else prefix
-        files += [prefix + name for name in sorted(names) if name.lower().endswith(endings)]
+    for where, below, names in os.walk(top, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(b".")]
+        prefix = os.path.relpath(where, top) + b"/" if where != top else b""
+        # A leading dot marks what the system keeps beside the images, such as macOS's ._name.jpg.
+        files += [prefix + n for n in names if n.lower().endswith(endings) and not n.startswith(b".")]
     if not files:
         raise DataError(f"no images in {folder}: looked for {', '.join(datasets.folder.IMG_EXTENSIONS)}")
-    parts = {f.rpartition(b"/")[0] for f in files}
-    if len(parts) < 2 or any(not p or b"/" in p for p in parts):
+    files.sort()
+    folders = sorted({file.rpartition(b"/")[0] for file in files})
+    if len(folders) < 2 or not all(folders) or any(b"/" in name for name in folders):
         return np.array(files), None, []
-    classes = sorted(parts)
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.fromiter((number[f.rpartition(b"/")[0]] for f in files), np.int64, len(files))
-    return np.array(files), labels, [os.fsdecode(c) for c in classes]
+    number = {name: i for i, name in enumerate(folders)}
+    labels = np.fromiter((number[file.rpartition(b"/")[0]] for file in files), np.int64, len(files))
+    return np.array(files), labels, [os.fsdecode(name) for name in folders]
 
 
 def _hold(images: OnDisk) -> Images:
     """Decodes the images into memory if they are of one size and fit MEMORY_LIMIT."""
-    shapes = set(images.sizes)
-    height, width = next(iter(shapes))
-    if len(shapes) > 1 or 3 * height * width * len(images) > MEMORY_LIMIT:
+    sizes, failed = set(images.sizes), []
+    height, width = next(iter(sizes))
+    if len(sizes) > 1 or 3 * height * width * len(images) > MEMORY_LIMIT:
         return images
-    pixels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
+    pixels, rows = torch.empty(len(images), 3, height, width, dtype=torch.uint8), np.arange(len(images))
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        labels = None if images.labels is None else images.labels.copy()
-        failed = []
-        for i, (used, image, bad) in enumerate(pool.map(images.read, range(len(images)))):
+        for i, (rows[i], image, bad) in enumerate(pool.map(images.read, range(len(images)))):
             if image.shape != pixels.shape[1:]:
                 pool.shutdown(cancel_futures=True)
                 return images
             pixels[i] = image
             failed += bad
-            if labels is not None:
-                labels[i] = images.labels[used]
     images.note_broken(failed)
-    return InMemory(pixels, labels)
+    return InMemory(pixels, None if images.labels is None else images.labels[rows])
 
 
 def _archive(name: str, root: str) -> Data:
     kind = ARCHIVES[name]
 
-    def part(**split) -> tuple[np.ndarray, np.ndarray]:
+    def part(**split) -> InMemory:
         data = kind(root, download=True, **split)
-        pixels = data.data if name == "stl10" else data.data.transpose(0, 3, 1, 2)
-        return pixels, np.asarray(data.labels if name == "stl10" else data.targets, np.int64)
+        if name == "stl10":
+            return InMemory(torch.from_numpy(data.data), np.asarray(data.labels, np.int64))
+        pixels = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
+        return InMemory(torch.from_numpy(pixels), np.asarray(data.targets, np.int64))
 
     try:
-        if name == "stl10":
-            train, val, more = part(split="train"), part(split="test"), part(split="unlabeled")[0]
-        else:
-            train, val, more = part(train=True), part(train=False), None
+        if name != "stl10":
+            train, val = part(train=True), part(train=False)
+            return Data(train, train, val)
+        train, val, more = part(split="train"), part(split="test"), part(split="unlabeled")
+        return Data(InMemory(torch.cat([more.pixels, train.pixels])), train, val)
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"cannot get {name} ({error}): place {kind.url} as {Path(root, kind.filename)}, "
-            f"its MD5 checksum {kind.tgz_md5} is verified"
-        ) from error
-    train, val = (InMemory(torch.from_numpy(np.ascontiguousarray(x)), y) for x, y in (train, val))
-    pretrain = train if more is None else InMemory(torch.cat([torch.from_numpy(more), train.pixels]))
-    return Data(pretrain, train, val)
+        place = (
+            f"place {kind.url} as {Path(root, kind.filename)}, its MD5 checksum {kind.tgz_md5} is verified"
+        )
+        raise DataError(f"cannot get {name} ({' '.join(str(error).split())}): {place}") from error
 
 
 def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
     """Ten classes of drawn shapes; colour, place, size, rotation, background, noise say nothing of the class.
 
-    The picture of shape f is where f(x, y) < 0 in coordinates that the sample's placing has turned.
+    Shape f is where f(x, y) < 0, in coordinates that the sample has moved, turned and scaled. Colours are
+    pale: strong ones would tell images apart better than shapes do, and training would learn little else.
     """
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 10
@@ -268,36 +273,32 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
     def draw(low: float, high: float, *shape: int) -> np.ndarray:
         return rng.uniform(low, high, (count, *shape)).astype(np.float32)
 
-    scale, angle = draw(0.5, 0.8, 1, 1), draw(0, 2 * np.pi, 1, 1)
-    dx, dy = grid - draw(-0.3, 0.3, 1, 1), grid[:, None] - draw(-0.3, 0.3, 1, 1)
-    px = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
-    py = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
-
-    def disc(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-        return np.hypot(x, y) - radius
-
     def box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
         return np.maximum(abs(x) - width, abs(y) - height)
 
+    scale, angle = draw(0.65, 0.95, 1, 1), draw(-np.pi / 2, np.pi / 2, 1, 1)
+    dx, dy = grid - draw(-0.15, 0.15, 1, 1), grid[:, None] - draw(-0.15, 0.15, 1, 1)
+    px = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
+    py = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
     figures = (
-        lambda x, y: disc(x, y, 0.8),
-        lambda x, y: abs(disc(x, y, 0.75)) - 0.2,  # ring
+        lambda x, y: np.hypot(x, y) - 0.8,
+        lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,  # ring
         lambda x, y: box(x, y, 0.7, 0.7),
         lambda x, y: abs(box(x, y, 0.65, 0.65)) - 0.15,  # frame
         lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,  # triangle
         lambda x, y: np.minimum(box(x, y, 0.9, 0.25), box(x, y, 0.25, 0.9)),  # cross
         lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),  # star
-        lambda x, y: np.maximum(disc(x, y, 0.9), 0.75 - np.hypot(x - 0.45, y)),  # crescent
+        lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),  # crescent
         lambda x, y: box(x, y, 1.0, 0.22),  # bar
-        lambda x, y: np.minimum(disc(x - 0.55, y, 0.38), disc(x + 0.55, y, 0.38)),  # two dots
+        lambda x, y: np.minimum(np.hypot(x - 0.55, y) - 0.38, np.hypot(x + 0.55, y) - 0.38),  # two dots
     )
     outside = np.empty_like(px)
     for label, figure in enumerate(figures):
         outside[label::10] = figure(px[label::10], py[label::10])
     cover = np.clip(0.5 - outside * scale * size / 2, 0, 1)[:, None]  # about one pixel of soft edge
-    front, back, slope = draw(0, 1, 3, 1, 1), draw(0, 1, 3, 1, 1), draw(-0.3, 0.3, 3, 1, 1)
-    front = np.where(abs(front - back).mean(1, keepdims=True) < 0.25, (back + 0.5) % 1, front)
-    image = back + slope * px[:, None]
+    level, contrast = draw(0.15, 0.85, 1, 1, 1), draw(0.3, 0.6, 1, 1, 1)
+    front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
+    image = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * px[:, None]
     image += cover * (front - image) + 0.04 * rng.standard_normal(image.shape, np.float32)
     pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return InMemory(torch.from_numpy(pixels), labels)
@@ -312,9 +313,9 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 class Batches(torch.utils.data.Dataset):
     """The batches of a run: step -> images -> views, each a pure function of (seed, step).
 
-    With a seed: step s of n = N // batch_size shows the images at s * batch_size ... of its epoch's order; the
-    remainder of an epoch is left out, and the ranks take consecutive shares of each batch. Not shuffled, for
-    evaluation: all images in order, the last batch smaller, no shares; without a seed, centre crops.
+    With a seed: step s of n = N // batch_size shows the images at s * batch_size ... of its epoch's order;
+    the remainder of an epoch is left out, and the ranks take consecutive shares of each batch. Not shuffled,
+    for evaluation: all images in order, the last batch smaller, no shares; without a seed, centre crops.
     """
 
     images: Images
@@ -324,6 +325,7 @@ class Batches(torch.utils.data.Dataset):
     rank: int = 0
     world: int = 1
     shuffle: bool = True
+    rows: np.ndarray | None = None  # the images to show, if not all
 
     def plan(self, step: int) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """This rank's images at `step`, and for each recipe their rows of uniform numbers."""
@@ -331,15 +333,17 @@ class Batches(torch.utils.data.Dataset):
         if self.seed is not None:  # drawn for the whole batch: it is the same for any number of ranks
             keys = (generator(self.seed, step, view) for view in range(len(draws)))
             draws = [r.draw(self.batch_size, key) for r, key in zip(self.recipes, keys, strict=True)]
-        if not self.shuffle or self.seed is None:
-            first = step * self.batch_size
-            rows = np.arange(first, min(first + self.batch_size, len(self.images)))
-            return rows, [None if draw is None else draw[: len(rows)] for draw in draws]
-        epoch, step_in_epoch = divmod(step, len(self.images) // self.batch_size)
-        order = _epoch_order(len(self.images), self.seed, epoch)
-        share = self.batch_size // self.world
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        return order[step_in_epoch * self.batch_size :][mine], [draw[mine] for draw in draws]
+        count = len(self.images) if self.rows is None else len(self.rows)
+        if self.shuffle and self.seed is not None:
+            epoch, step_in_epoch = divmod(step, count // self.batch_size)
+            share, order = self.batch_size // self.world, _epoch_order(count, self.seed, epoch)
+            mine = slice(self.rank * share, (self.rank + 1) * share)
+            shown = order[step_in_epoch * self.batch_size :][mine]
+        else:
+            shown = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, count))
+            mine = slice(len(shown))
+        draws = [None if draw is None else draw[mine] for draw in draws]
+        return shown if self.rows is None else self.rows[shown], draws
 
     def __getitem__(self, step: int) -> tuple[Tensor, np.ndarray, list[int]]:
         """Worker's part for images on disk: decodes each file once, crops all its views, as uint8."""
@@ -353,7 +357,9 @@ class Batches(torch.utils.data.Dataset):
             height, width = np.array([image.shape[1:] for image in images]).T
             for recipe, draw, out in zip(self.recipes, draws, crops[:, part], strict=True):
                 boxes, flips = recipe.boxes(None if draw is None else draw[part], height, width)
-                for image, (top, left, h, w), flip, crop in zip(images, boxes.tolist(), flips, out, strict=True):
+                for image, (top, left, h, w), flip, crop in zip(
+                    images, boxes.tolist(), flips, out, strict=True
+                ):
                     view = image.permute(1, 2, 0)[None, top : top + h, left : left + w].permute(0, 3, 1, 2)
                     view = F.interpolate(view, (size, size), mode="bilinear", antialias=True)
                     view = view[0].permute(1, 2, 0)  # as decoders and resizing have it: colours innermost
@@ -372,22 +378,16 @@ class Batches(torch.utils.data.Dataset):
             self.images.pixels = self.images.pixels.to(device)
             for step in steps:
                 rows, draws = self.plan(step)
-                index = _to(rows, device)
-                yield (
-                    rows,
-                    [r.apply(self.images.pixels, u, index) for r, u in zip(self.recipes, draws, strict=True)],
-                )
+                index, views = _to(rows, device), zip(self.recipes, draws, strict=True)
+                yield rows, [recipe.apply(self.images.pixels, u, index) for recipe, u in views]
             return
         loader = torch.utils.data.DataLoader(
             self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=device.type == "cuda"
         )
         for step, (crops, used, failed) in zip(steps, loader, strict=True):
             self.images.note_broken(failed)
-            crops, draws = crops.to(device, non_blocking=True), self.plan(step)[1]
-            yield (
-                used,
-                [r.apply(x, u, cropped=True) for r, x, u in zip(self.recipes, crops, draws, strict=True)],
-            )
+            views = zip(self.recipes, crops.to(device, non_blocking=True), self.plan(step)[1], strict=True)
+            yield used, [recipe.apply(x, u, cropped=True) for recipe, x, u in views]
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -400,11 +400,11 @@ _ORDERS = np.array(list(permutations(range(4))))
 
 @dataclass(frozen=True)
 class Augment:
-    """Settings of one view: crop and resize, flip, jitter, grayscale, blur, solarize, normalise, in this order.
+    """Settings of one view: crop, resize, flip, jitter, grayscale, blur, solarize, normalise, in this order.
 
     `recipe(images, generator)`: images (B, 3, H, W) uint8 -> (B, 3, size, size) float32, normalised. Every
-    sample draws parameters of its own, and the four parts of the jitter in an order of its own. Each operation
-    is that of torchvision.transforms on float tensors in [0, 1], and probabilities are per sample.
+    sample draws parameters of its own, and the four parts of the jitter in an order of its own. Each
+    operation is that of torchvision.transforms on float tensors in [0, 1], and probabilities are per sample.
     """
 
     size: int = 224  # pixels a side
@@ -431,33 +431,31 @@ class Augment:
     @staticmethod
     def draw(count: int, generator: torch.Generator) -> np.ndarray:
         """(count, 33) numbers in [0, 1): all that is random about `count` samples, one row each."""
-        return (
-            torch.rand(count, _COLUMNS, generator=generator, device=generator.device).double().cpu().numpy()
-        )
+        u = torch.rand(count, _COLUMNS, generator=generator, device=generator.device)
+        return u.double().cpu().numpy()
 
-    def boxes(self, u: np.ndarray | None, height, width) -> tuple[np.ndarray, np.ndarray]:
+    def boxes(
+        self, u: np.ndarray | None, height: int | np.ndarray, width: int | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Crops (n, 4) as top, left, height, width in pixels, and whether to flip (n,).
 
-        height, width: the images', integers for all or (n,). Without u: the centre, of 7/8 of the shorter
-        side above 96 px (224 of 256), else of all of it.
+        height, width: the images', for all or (n,). Without u: the centre, of 7/8 of the shorter side above
+        96 px (224 of 256), else of all of it.
         """
         height, width = np.atleast_1d(height, width)
         if u is None:
             side = (np.minimum(height, width) * (0.875 if self.size > 96 else 1)).round().astype(int)
-            return np.stack([(height - side) // 2, (width - side) // 2, side, side], 1), np.zeros(len(side), bool)
-        area = self.scale[0] + u[:, _AREA] * (self.scale[1] - self.scale[0])
+            return np.stack([(height - side) // 2, (width - side) // 2, side, side], 1), side < 0
         low, high = np.log(self.ratio)
         ratio = np.exp(low + u[:, _RATIO] * (high - low))
-        area *= (height * width)[:, None]
+        area = (self.scale[0] + u[:, _AREA] * (self.scale[1] - self.scale[0])) * (height * width)[:, None]
         w, h = np.sqrt(area * ratio).round(), np.sqrt(area / ratio).round()
         fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-        first = np.arange(len(u)), fits.argmax(1)
+        none, first = ~fits.any(1), (np.arange(len(u)), fits.argmax(1))
         # Where no try fits, the centre, as near to the ratio as possible.
-        none = ~fits.any(1)
-        w = np.where(none, np.minimum(width, np.maximum(1, (height * self.ratio[1]).round())), w[first])
-        h = np.where(none, np.minimum(height, np.maximum(1, (width / self.ratio[0]).round())), h[first])
-        shift = np.where(none[:, None], 0.4999999, u[:, [_TOP, _LEFT]])
-        top, left = np.floor(shift[:, 0] * (height - h + 1)), np.floor(shift[:, 1] * (width - w + 1))
+        w = np.where(none, np.clip((height * self.ratio[1]).round(), 1, width), w[first])
+        h = np.where(none, np.clip((width / self.ratio[0]).round(), 1, height), h[first])
+        top, left = np.where(none, 0.4999999, u[:, [_TOP, _LEFT]].T) * (height - h + 1, width - w + 1)
         return np.stack([top, left, h, w], 1).astype(np.int64), u[:, _FLIP] < self.flip
 
     def apply(
@@ -470,21 +468,25 @@ class Augment:
         count, device = len(pixels) if index is None else len(index), pixels.device
         out = pixels.new_empty(count, 3, self.size, self.size, dtype=torch.float32)
         mean, std = (_to(np.float32(c), device).view(3, 1, 1) for c in (self.mean, self.std))
-        if u is not None:
-            order, numbers = self._parameters(u)
-            numbers = _to(numbers, device)[:, :, None, None]
-        if not cropped:
-            boxes, flips = self.boxes(u, *pixels.shape[2:])
-            boxes = np.column_stack([boxes, flips]).astype(np.float32)
-            boxes = _to(boxes, device).expand(count, 5)[:, :, None, None]
+        boxes, flips = self.boxes(u, *pixels.shape[2:])
+        boxes = _to(np.column_stack([boxes, flips]).astype(np.float32), device).expand(count, 5)
+        order, numbers, changes = (None, None, []) if u is None else self._plan(u)
+        numbers = None if u is None else _to(numbers, device)[:, :, None, None]
         # A CPU works on as many samples at a time as its cache holds, a GPU on all.
         chunk = count if device.type != "cpu" else 2**18 // self.size**2 if self.size <= 64 else 1
         for first in range(0, count, chunk):
-            part = slice(first, min(first + chunk, count))
+            part = slice(first, first + chunk)
             x = pixels[part] if index is None else pixels.index_select(0, index[part])
-            x = x.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255) if cropped else self._crop(x, boxes[part])
-            x = x if u is None else self._colour(x, u[part], order[part], numbers[part])
-            torch.sub(x, mean, out=out[part]).div_(std)
+            x = x.to(torch.float32, memory_format=torch.contiguous_format)
+            x = x.mul_(1 / 255) if cropped else self._crop(x, boxes[part])
+            if u is not None:
+                x = _jitter(x, order[part], numbers[part])
+            for change, samples in changes:
+                rows = np.flatnonzero(samples[part])
+                if len(rows):
+                    some = change(_select(x, rows), _select(numbers[part], rows))
+                    x = some if len(x) == 1 else x.index_copy_(0, _to(rows, device), some)
+            torch.sub(x, mean, out=out[part]).mul_(1 / std)
         return out
 
     def restore(self, views: Tensor) -> Tensor:
@@ -494,118 +496,110 @@ class Augment:
 
     def _crop(self, x: Tensor, boxes: Tensor) -> Tensor:
         """Crop, resize and flip as R X C': one matrix for the rows and one for the columns of each sample."""
-        top, left, height, width, flip = boxes.unbind(1)
+        top, left, height, width, flip = boxes[:, :, None, None].unbind(1)
         rows = _resize_matrix(top, height, torch.zeros_like(flip), x.shape[2], self.size)
-        columns = _resize_matrix(left, width, flip, x.shape[3], self.size, total=1 / 255)
-        x = x.float().flatten(1, 2) @ columns.mT
-        return rows[:, None] @ x.unflatten(1, (3, -1))
+        columns = _resize_matrix(left, width, flip, x.shape[3], self.size) / 255
+        return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))
 
-    def _parameters(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the jitter's four parts (n, 4), 4 for none; their factors and the blur's sigma (n, 5)."""
-        order = np.where(u[:, _JITTER, None] < self.jitter, _ORDERS[(u[:, _ORDER] * 24).astype(int)], 4)
+    def _plan(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
+        """Order of the jitter's parts (n, 4), 4 for none; their factors and the blur's sigma (n, 5); what
+        follows them, operations each with the samples (n,) that it concerns."""
         spread = np.array([self.brightness, self.contrast, self.saturation])
-        low, high = np.maximum(1 - spread, 0), 1 + spread
-        low, high = np.append(low, [-self.hue, self.sigma[0]]), np.append(high, [self.hue, self.sigma[1]])
-        return order, (low + u[:, _NUMBERS] * (high - low)).astype(np.float32)
-
-    def _colour(self, x: Tensor, u: np.ndarray, order: np.ndarray, numbers: Tensor) -> Tensor:
-        if len(x) == 1:  # large images on a CPU: nothing to sort
-            for i in order[0][order[0] < 4]:
-                _JITTERS[i](x, numbers[:, i])
-        else:
-            # Four rounds; in each the samples stand sorted by the operation that is their next.
-            stand, spare = np.arange(len(u)), torch.empty_like(x)
-            for turn in order.T:
-                rows = np.argsort(turn, kind="stable")
-                move = _to(np.argsort(stand)[rows], x.device)
-                x, spare = torch.index_select(x, 0, move, out=spare), x
-                factors, counts = _select(numbers, rows), np.bincount(turn, minlength=5).tolist()
-                for i, (some, its) in enumerate(zip(x.split(counts)[:4], factors.split(counts)[:4], strict=True)):
-                    if len(some):
-                        _JITTERS[i](some, its[:, i])
-                stand = rows
-            x = torch.index_select(x, 0, _to(np.argsort(stand), x.device), out=spare)
-        radius = math.ceil(3.3 * self.sigma[1])
-        for column, probability, change in (
-            (_GRAY, self.gray, lambda some, _: _gray(some)[:, None]),
-            (_BLUR, self.blur, lambda some, rows: _blur(some, _select(numbers, rows)[:, 4], radius)),
-            (_SOLARIZE, self.solarize, lambda some, _: torch.minimum(some, 1 - some)),
-        ):
-            rows = np.flatnonzero(u[:, column] < probability)
-            if len(rows):
-                some = change(_select(x, rows), rows).expand(-1, 3, -1, -1)
-                x = some if len(x) == 1 else x.index_copy_(0, _to(rows, x.device), some)
-        return x
+        low = np.append(np.maximum(1 - spread, 0), [-self.hue, self.sigma[0]])
+        high = np.append(1 + spread, [self.hue, self.sigma[1]])
+        order = np.where(u[:, _JITTER, None] < self.jitter, _ORDERS[(u[:, _ORDER] * 24).astype(int)], 4)
+        blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
+        changes = [
+            (lambda x, _: _gray(x).expand(-1, 3, -1, -1), u[:, _GRAY] < self.gray),
+            (lambda x, numbers: blur(x, numbers[:, 4]), u[:, _BLUR] < self.blur),
+            (lambda x, _: torch.minimum(x, 1 - x), u[:, _SOLARIZE] < self.solarize),
+        ]
+        return order, (low + u[:, _NUMBERS] * (high - low)).astype(np.float32), changes
 
 
 def _select(x: Tensor, rows: np.ndarray) -> Tensor:
-    """The samples `rows`, of which there is at least one: of a single sample that is itself, without a copy."""
+    """The samples `rows`, at least one: of a single sample that is itself, without a copy."""
     return x if len(x) == 1 else x.index_select(0, _to(rows, x.device))
 
 
-def _resize_matrix(
-    start: Tensor, length: Tensor, flip: Tensor, inside: int, out: int, total: float = 1
-) -> Tensor:
+def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, inside: int, out: int) -> Tensor:
     """(n, out, inside) weights of a bilinear resize with antialiasing of [start, start + length) to `out`.
 
     R[o, j] is proportional to max(0, 1 - |j + 1/2 - c_o| / s), c_o the centre of output pixel o and s the
-    larger of 1 and length / out; rows sum to `total`; start, length, flip: (n, 1, 1).
+    larger of 1 and length / out; start, length, flip: (n, 1, 1).
     """
     j, o = (torch.arange(n, device=start.device, dtype=torch.float32) for n in (inside, out))
     o = o[:, None] + flip * (out - 1 - 2 * o[:, None])
     step = length / out
     weight = (j + 0.5) - (start + (o + 0.5) * step)
     weight = weight.abs_().mul_(-1 / step.clamp(min=1)).add_(1).clamp_(min=0)
-    weight.mul_(((j >= start) & (j < start + length)).float())
-    return weight.mul_(total / weight.sum(2, keepdim=True))
+    weight *= ((j >= start) & (j < start + length)).float()
+    return weight.div_(weight.sum(2, keepdim=True))
 
 
 def _gray(x: Tensor) -> Tensor:
-    red, green, blue = x.unbind(1)
+    red, green, blue = x.split(1, 1)
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-# The jitter's parts work in place on x (n, 3, h, w) in [0, 1], with a factor f (n, 1, 1) for each sample.
+def _jitter(x: Tensor, order: np.ndarray, numbers: Tensor) -> Tensor:
+    """Four rounds; in each the samples stand sorted by the part of the jitter that is their next."""
+    stand = np.arange(len(x))
+    for turn in order.T:
+        rows = np.argsort(turn, kind="stable")
+        x, factors = _select(x, np.argsort(stand)[rows]), _select(numbers, rows)
+        stand, counts = rows, np.bincount(turn, minlength=5).tolist()
+        parts = (_brightness, _contrast, _saturation, _hue, None)
+        for i, (part, some, its) in enumerate(
+            zip(parts, x.split(counts), factors.split(counts), strict=True)
+        ):
+            if part and len(some):
+                part(some, its[:, i, None])
+    return _select(x, np.argsort(stand))
+
+
+# The jitter's parts work in place on x (n, 3, h, w) in [0, 1], with a factor f (n, 1, 1, 1) for each sample.
 
 
 def _brightness(x: Tensor, f: Tensor) -> None:
-    x.mul_(f[:, None]).clamp_(max=1)
+    x.mul_(f).clamp_(max=1)
 
 
 def _contrast(x: Tensor, f: Tensor) -> None:
     mean = _gray(x.mean((2, 3), keepdim=True))
-    x.mul_(f[:, None]).add_(((1 - f) * mean)[:, None]).clamp_(0, 1)
+    x.mul_(f).add_((1 - f) * mean).clamp_(0, 1)
 
 
 def _saturation(x: Tensor, f: Tensor) -> None:
-    torch.lerp(_gray(x)[:, None], x, f[:, None], out=x).clamp_(0, 1)
+    torch.lerp(_gray(x), x, f, out=x).clamp_(0, 1)
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
-    """To HSV, turn, and back, without the case distinctions: each channel is a clamped distance on the circle.
+    """To HSV, turn, and back, without case distinctions: each channel is a clamped distance on the circle.
 
-    A channel's memory serves for other numbers as soon as the channel is no longer needed.
+    A channel's memory serves for other quantities as soon as the channel is no longer needed.
     """
-    red, green, blue = x.unbind(1)
+    red, green, blue = x.split(1, 1)
     high = torch.maximum(red, green).clamp_(min=blue)
     low = torch.minimum(red, green).clamp_(max=blue)
     hue = (green + blue).sub_(red).sub_(low)
     half, six = green.sub_(blue), torch.sub(high, low, out=blue).mul_(6)
-    hue.div_(torch.clamp(six, min=1e-12, out=red)).add_(1 / 6).copysign_(half).add_(f + 1).frac_()
+    hue.div_(torch.clamp(six, min=1e-12, out=red)).add_(1 / 6)
+    hue.copysign_(half).add_(f + 1).frac_()
     low.sub_(six, alpha=1 / 6)
     high.add_(six, alpha=1 / 6)
-    torch.addcmul(low, six, torch.sub(hue, 1 / 2, out=red).abs_().clamp_(1 / 6, 1 / 3), out=red)
-    torch.addcmul(high, six, torch.sub(hue, 1 / 3, out=green).abs_().clamp_(1 / 6, 1 / 3), value=-1, out=green)
-    torch.addcmul(high, six, hue.sub_(2 / 3).abs_().clamp_(1 / 6, 1 / 3), value=-1, out=blue)
-
-
-_JITTERS = (_brightness, _contrast, _saturation, _hue)
+    torch.sub(hue, 1 / 2, out=red).abs_().clamp_(1 / 6, 1 / 3)
+    torch.addcmul(low, six, red, out=red)
+    torch.sub(hue, 1 / 3, out=green).abs_().clamp_(1 / 6, 1 / 3)
+    torch.addcmul(high, six, green, value=-1, out=green)
+    hue.sub_(2 / 3).abs_().clamp_(1 / 6, 1 / 3)
+    torch.addcmul(high, six, hue, value=-1, out=blue)
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Gaussian blur of x (n, 3, s, s), sigma (n, 1, 1): a banded matrix for the rows, the same for the columns.
+    """Gaussian blur of 2 radius + 1 taps by two products with a matrix, which serves for rows and columns.
 
-    As the band is narrow, blocks of up to 32 lines are made from 32 + 2 radius lines each.
+    The matrix is a narrow band, so blocks of up to 32 lines are made from 32 + 2 radius lines each.
     """
     size = x.shape[3]
     blocks = -(-size // 32)
@@ -632,15 +626,14 @@ BYOL_VIEWS = (
 
 # ---------------------------------------------------------------------------------------- losses
 #
-# Each takes this rank's rows and returns this rank's share of the loss: the shares' mean over the ranks is the
-# loss of the whole batch, and gradients averaged by DistributedDataParallel are those of one process that
+# Each takes this rank's rows and returns this rank's share of the loss: the shares' mean over the ranks is
+# the loss of the whole batch, and gradients averaged by DistributedDataParallel are those of one process that
 # is given the whole batch. All are computed in float32 (float64 if given), whatever the autocast state.
 
 
 def _ranks() -> tuple[int, int]:
-    return (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    )
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 class _Gather(torch.autograd.Function):
@@ -694,8 +687,8 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, p: Tensor, skip: Tensor | None) -> Tensor:
-        block = 2**19 if x.device.type == "cpu" else 2**25  # products at a time: what a CPU's cache holds
-        height = len(x) if skip is None else max(1, min(len(x), block // len(y)))
+        block = 2**18 if x.device.type == "cpu" else 2**25  # products at a time: what a CPU's cache holds
+        height = len(x) if skip is None else min(len(x), max(128, block // len(y)))
         width = len(y) if skip is not None else max(1, min(len(y), block // height))
         buffer, loss = x.new_empty(height * width), x.new_zeros(())
         grad_x, grad_p = torch.empty_like(x), torch.empty_like(p)
@@ -724,8 +717,9 @@ class _Contrast(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: the saved gradients are constants to autograd
+            raise RuntimeError("this loss cannot be differentiated twice")
         grad_x, grad_y, grad_p = ctx.saved_tensors
         return grad * grad_x, None if grad_y is None else grad * grad_y, grad * grad_p, None
 
@@ -733,7 +727,7 @@ class _Contrast(torch.autograd.Function):
 def _pairs(x: Tensor, y: Tensor, first: int, half: int) -> Tensor:
     """Mean contrastive loss of the rows x = y[first : first + len(x)] among all rows of y (M, d).
 
-    Rows i and i + half of every 2 half rows of y are a pair. Similarity is the product: it holds 1 / temperature.
+    Rows i and i + half of every 2 half rows of y are a pair. Similarity is the product, with 1 / temperature.
     """
     own = torch.arange(first, first + len(x), device=x.device)
     pair = own + half - 2 * half * (own % (2 * half) >= half)
@@ -752,7 +746,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
-    """MoCo's loss: mean over rows of -log(e^(q.k / t) / (e^(q.k / t) + sum over the queue of e^(q.queue / t))).
+    """MoCo's loss: mean over rows of -log(e^(q.k / t) / (e^(q.k / t) + sum_j e^(q.queue_j / t))).
 
     q, k (B, D): queries and their keys, normalised here; queue (K, D): earlier keys, already normalised, they
     take no gradient (arXiv 1911.05722, eq. 1). Without information: log(K + 1).
@@ -765,9 +759,9 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
-    """Mean over rows of 2 - 2 cos(p, z); p (B, D) predictions, z (B, D) targets (BYOL, arXiv 2006.07733, eq. 2).
+    """Mean over rows of 2 - 2 cos(p, z); p (B, D): predictions, z (B, D): targets.
 
-    From 0 to 4; without information 2. z takes gradient unless it is detached.
+    From 0 to 4; without information 2 (BYOL, arXiv 2006.07733, eq. 2). z takes gradient unless detached.
     """
     p, z = _matrices(p, z)
     return 2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
@@ -795,8 +789,8 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     """NT-Xent between dimensions: column i of z1 (N, D) and column i of z2 are the pair among 2D columns.
 
     Columns are centred and normalised over the batch of all ranks, so similarities are Pearson correlations
-    (DimCL, arXiv 2309.11782; the scale of its batch norm cancels). Without information: log(2D - 1). The ranks
-    take equal shares of the 2D rows.
+    (DimCL, arXiv 2309.11782; the scale of its batch norm cancels). Without information: log(2D - 1). The
+    ranks take equal shares of the 2D rows.
     """
     z = gather(torch.cat(_matrices(z1, z2), 1))
     z = z - z.mean(0)

@@ -1,0 +1,635 @@
+"""This project side by side with its peers: time and memory of every case for which there is a goal.
+
+    python tests/benchmark.py                          # everything, about ten minutes on two cores
+    python tests/benchmark.py --only losses            # or augment, jpeg, step, fusion, growth
+    python tests/benchmark.py --json results.json      # the same figures unrounded
+
+Time: all contestants of a case in one process, in turns (the order rotates from round to round), after a
+warm-up; the median of the rounds. Memory: a fresh process with one thread for each figure, growth of the
+resident set from after set-up to its peak. A ratio is peer / ours, so more is better; where the goal names no
+peer, that of the best. On the CPU; memory on Linux with glibc only.
+
+lightly, kornia and pytorch-metric-learning take part when installed. The peers without a package
+(solo-learn, sthalles/SimCLR, the official DimCL, Barlow Twins and MoCo) are formulated anew below: what
+matters is which matrices their losses build, and these are the same.
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib.util
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor, nn
+from torchvision.io import decode_image
+from torchvision.transforms import transforms as v1
+from torchvision.transforms import v2
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("LIGHTLY_DID_VERSION_CHECK", "True")  # else lightly asks its server at import
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the trainer would take the GPU
+
+import common  # noqa: E402
+
+Contestants = dict[str, Callable[[], object]]
+PEERS = {p: importlib.util.find_spec(p) for p in ("lightly", "kornia", "pytorch_metric_learning")}
+OURS, CPU = "ours", torch.device("cpu")
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+def interleave(contestants: Contestants, seconds: float = 6.0, most: int = 40) -> dict[str, float]:
+    """Median seconds of each, by rounds in rotating order: at least two, more while time is left."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    names, start = list(contestants), time.perf_counter()
+    for turn in range(most):
+        if turn >= 2 and time.perf_counter() - start > seconds:
+            break
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]
+            begin = time.perf_counter()
+            contestants[name]()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def resident(entry: str) -> int:
+    """Bytes of this process that the kernel states as VmRSS, the resident set, or VmHWM, its peak."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(entry + ":")[1].split()[0])
+
+
+def grow(build: Callable[..., Contestants], arguments: dict, small: dict, name: str) -> dict[str, float]:
+    """In a fresh process: bytes by which the resident set grows at its peak and in the end, and seconds."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore")
+    libc = ctypes.CDLL(None)
+    # Buffers from 64 KiB (M_MMAP_THRESHOLD, -3) live in mappings of their own, which are returned when freed.
+    # By default glibc raises this limit as it goes, and would keep what set-up has freed.
+    libc.mallopt(-3, 1 << 16)
+    build(**arguments | small)[name]()  # code and tables that load at first use do not count
+    contestant = build(**arguments)[name]
+    gc.collect()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+    before, begin = resident("VmRSS"), time.perf_counter()
+    result = contestant()
+    seconds, peak = time.perf_counter() - begin, resident("VmHWM") - before
+    gc.collect()
+    libc.malloc_trim(0)
+    held = resident("VmRSS") - before
+    del result
+    return {"peak": peak, "held": held, "seconds": seconds}
+
+
+def growth_of(build: Callable[..., Contestants], arguments: dict, small: dict, name: str) -> dict[str, float]:
+    if not Path("/proc/self/clear_refs").exists():
+        return dict.fromkeys(("peak", "held", "seconds"), math.nan)
+    # The fork server has imported the packages, so a fresh process costs milliseconds and not seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "lightly.loss", "lightly.transforms", "kornia.augmentation"])
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(grow, build, arguments, small, name).result()
+
+
+def measure(
+    build: Callable[..., Contestants], arguments: dict, small: dict, threads: int, seconds: float = 6.0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and bytes of each contestant of `build(**arguments)`; `small` replaces some in the warm-up."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    for contestant in build(**arguments | small).values():
+        contestant()
+    times = interleave(build(**arguments), seconds)
+    return times, {name: growth_of(build, arguments, small, name)["peak"] for name in times}
+
+
+# ------------------------------------------------------------------------------------- reporting
+
+ROWS: list[dict] = []
+
+
+def heading(name: str, note: str) -> None:
+    print(f"\n## {name}\n{note}\n")
+    print("| case | ours | peers | ratio | goal | met |\n|---|---|---|---|---|---|", flush=True)
+
+
+def show(value: float, unit: str) -> str:
+    value *= {"ms": 1e3, "MB": 1e-6}.get(unit, 1)
+    return (
+        f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.01 else 7}f} {unit}".strip()
+    )
+
+
+def report(
+    case: str,
+    unit: str,
+    ours: float,
+    peers: dict[str, float] | None = None,
+    goal: float | None = None,  # the least ratio, of the peer `against` or else of the best
+    against: str = "",
+    most: float | None = None,  # or the limit that ours must stay under
+) -> None:
+    peers = dict(sorted((peers or {}).items(), key=lambda item: item[1]))
+    reference = peers.get(against) if against else min(peers.values(), default=None)
+    ratio = None if reference is None else reference / max(ours, 1e-9)
+    met = ours < most if most else ratio >= goal if goal and ratio else None
+    met = None if math.isnan(ours) else met  # memory where it cannot be measured
+    target = f"under {most:g} {unit}" if most else f"{goal:g}x {against}" if goal else ""
+    others = ", ".join(f"{name} {show(value, unit)}" for name, value in peers.items())
+    verdict = {True: "yes", False: "**no**", None: ""}[met]
+    row = (case, show(ours, unit), others, f"{ratio:.1f}x" if ratio else "", target.strip(), verdict)
+    print("|", " | ".join(row), "|", flush=True)
+    names = ("case", "unit", "ours", "peers", "ratio", "goal", "met")
+    ROWS.append(dict(zip(names, (case, unit, ours, peers, ratio, target, met), strict=True)))
+
+
+# ------------------------------------------------------------------------------ losses, and peers
+
+
+def solo_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """As in solo-learn: exp of all similarities, then sums under masks made by comparing image numbers."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    similar = torch.exp(torch.einsum("id,jd->ij", z, z) / temperature)
+    number = torch.arange(len(z1)).repeat(2)
+    same, other = number[:, None] == number, number[:, None] != number
+    same.fill_diagonal_(False)
+    positive, negative = (similar * same).sum(1), (similar * other).sum(1)
+    return -(positive / (positive + negative)).log().mean()
+
+
+def sthalles_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """As in sthalles/SimCLR: drop the diagonal by a mask, put the positive first, cross entropy."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    number, count = torch.arange(len(z1)).repeat(2), len(z)
+    off_diagonal = ~torch.eye(count, dtype=torch.bool)
+    positive = (number[:, None] == number)[off_diagonal].view(count, -1)
+    similar = (z @ z.T)[off_diagonal].view(count, -1)
+    logits = torch.cat([similar[positive].view(count, -1), similar[~positive].view(count, -1)], 1)
+    return F.cross_entropy(logits / temperature, torch.zeros(count, dtype=torch.long))
+
+
+def official_dimcl(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Batch norm, transpose, and a contrastive loss in its log-probability form over the full matrix."""
+    scaled = [F.batch_norm(z, None, None, training=True).T for z in (z1, z2)]
+    rows = F.normalize(torch.cat(scaled), dim=1)
+    logits = torch.einsum("id,jd->ij", rows, rows) / temperature
+    logits = logits - logits.max(1, keepdim=True).values.detach()
+    others = ~torch.eye(len(rows), dtype=torch.bool)
+    positive = (~others).roll(len(rows) // 2, 0)
+    exponentials = logits.exp() * others  # held by its name until the end, as there
+    log_probability = logits - exponentials.sum(1, keepdim=True).log()
+    return -((log_probability * positive).sum(1) / positive.sum(1)).mean()
+
+
+def official_barlow(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
+    """Batch norm, then the D x D cross-correlation; its off-diagonal part is copied out."""
+    a, b = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
+    correlation = (a.T @ b) / len(a)
+    d = len(correlation)
+    off_diagonal = correlation.flatten()[1:].view(d - 1, d + 1)[:, :-1].flatten()
+    return (correlation.diagonal() - 1).square().sum() + weight * off_diagonal.square().sum()
+
+
+def official_moco(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """All logits in one matrix, the positive first, cross entropy with class 0. The queue is (D, K) there."""
+    q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+    positive = torch.einsum("nd,nd->n", q, k)[:, None]
+    logits = torch.cat([positive, torch.einsum("nd,dk->nk", q, queue.clone())], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+
+
+def loss_case(kind: str, n: int, d: int, queue_size: int = 65536) -> Contestants:
+    """Forward and backward. The second view is a noisy copy of the first, as in training."""
+    source = torch.Generator().manual_seed(0)
+    z1 = torch.randn(n, d, generator=source)
+    z2 = (z1 + torch.randn(n, d, generator=source)).requires_grad_(kind != "moco")
+    z1.requires_grad_()
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    if PEERS["lightly"]:
+        from lightly.loss import BarlowTwinsLoss, NTXentLoss
+    if kind == "nt_xent":
+        losses[OURS] = partial(common.nt_xent, temperature=0.2)
+        losses["solo-learn"] = partial(solo_nt_xent, temperature=0.2)
+        losses["sthalles"] = partial(sthalles_nt_xent, temperature=0.2)
+        if PEERS["lightly"]:
+            losses["lightly"] = NTXentLoss(0.2)
+        if PEERS["pytorch_metric_learning"]:
+            from pytorch_metric_learning.losses import SelfSupervisedLoss, SupConLoss
+
+            # With one positive a row this is NT-Xent. The package's class of that name builds (pairs x pairs)
+            # matrices, of 0.5 GB each at N=256 and of 34 GB at N=1024.
+            losses["pytorch-metric-learning"] = SelfSupervisedLoss(SupConLoss(0.2))
+    elif kind == "dimcl":
+        losses[OURS] = partial(common.dimcl, temperature=0.1)
+        losses["official"] = partial(official_dimcl, temperature=0.1)
+    elif kind == "barlow":
+        losses[OURS] = partial(common.barlow_twins, redundancy_weight=0.0051)
+        losses["official"] = partial(official_barlow, weight=0.0051)
+        if PEERS["lightly"]:
+            losses["lightly"] = BarlowTwinsLoss(0.0051)
+    else:
+        queue = F.normalize(torch.randn(queue_size, d, generator=source), dim=1)
+        losses[OURS] = partial(common.info_nce, queue=queue, temperature=0.2)
+        losses["official"] = partial(official_moco, queue=queue.T.contiguous(), temperature=0.2)
+        if PEERS["lightly"]:
+            losses["lightly"] = NTXentLoss(0.2, (queue_size, d))  # also writes its keys into the queue
+            losses["lightly"].memory_bank.bank.copy_(queue)
+
+    def forward_backward(loss: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        value = loss(z1, z2)
+        return [value.detach(), *torch.autograd.grad(value, [z for z in (z1, z2) if z.requires_grad])]
+
+    return {name: partial(forward_backward, loss) for name, loss in losses.items()}
+
+
+def losses(options: argparse.Namespace) -> None:
+    heading("losses", "Forward and backward, float32.")
+    small, every = {"n": 256, "d": 2048}, options.threads  # the warm-up of cases that take long is smaller
+    for kind, name, n, d, threads, goals in (
+        ("nt_xent", "NT-Xent", 256, 128, every, (2, 2)),
+        ("nt_xent", "NT-Xent", 1024, 128, every, (2.5, 10)),
+        ("nt_xent", "NT-Xent", 4096, 128, every, (6, 25)),
+        ("dimcl", "DimCL", 256, 2048, every, (4, 10)),
+        ("dimcl", "DimCL", 256, 8192, 1, (6, 50)),
+        ("barlow", "Barlow Twins", 256, 8192, every, (25, 15)),
+        ("moco", "MoCo, queue 65536", 256, 128, every, (3, 100)),
+    ):
+        arguments = {"kind": kind, "n": n, "d": d}
+        times, sizes = measure(loss_case, arguments, small if max(n, d) > 2048 else {}, threads)
+        report(f"{name}, N={n}, D={d}: time, {threads}t", "ms", times.pop(OURS), times, goals[0])
+        report(f"{name}, N={n}, D={d}: memory", "MB", sizes.pop(OURS), sizes, goals[1])
+    for kind in ("nt_xent", "dimcl", "barlow", "moco"):
+        results = {name: contestant() for name, contestant in loss_case(kind, 128, 256).items()}
+        ours = results.pop(OURS)
+        pairs = itertools.chain(*(zip(ours, other, strict=True) for other in results.values()))
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        report(f"{kind}: largest relative difference to a peer, loss and gradient", "", worst, most=1e-4)
+
+
+# ----------------------------------------------------------------------------------- augmentation
+
+
+def views_of_picture(size: int, blur: float) -> dict[str, Callable[[Image.Image], list[Tensor]]]:
+    """SimCLR's augmentation by the peers that take one image: PIL image -> two views."""
+    pairs = {}
+    for name, t in (("torchvision v1", v1), ("torchvision v2", v2)):
+        # v1 pipelines use Pillow's blur, which is faster than torchvision's. 13 taps: 3 sigma; ours has 15.
+        old, smooth = t is v1, t.GaussianBlur(13, (0.1, 2.0))
+        if old:
+            smooth = t.Lambda(lambda p: p.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
+        one = t.Compose(
+            [
+                t.RandomResizedCrop(size, scale=(0.08, 1.0)),
+                t.RandomHorizontalFlip(),
+                t.RandomApply([t.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+                t.RandomGrayscale(0.2),
+                *([t.RandomApply([smooth], p=blur)] if blur else []),
+                *([t.ToTensor()] if old else [t.ToImage(), t.ToDtype(torch.float32, scale=True)]),
+                t.Normalize(common.SIMCLR.mean, common.SIMCLR.std),
+            ]
+        )
+        pairs[name] = lambda picture, one=one: [one(picture), one(picture)]
+    if PEERS["lightly"]:
+        from lightly.transforms import SimCLRTransform
+
+        pairs["lightly"] = SimCLRTransform(input_size=size, gaussian_blur=blur)
+    return pairs
+
+
+def kornia_view(size: int, blur: float) -> nn.Module:
+    import kornia.augmentation as K
+
+    smooth = [K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=blur)] if blur else []
+    return nn.Sequential(
+        K.RandomResizedCrop((size, size), scale=(0.08, 1.0), cropping_mode="resample"),
+        K.RandomHorizontalFlip(),
+        K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        *smooth,
+        K.Normalize(torch.tensor(common.SIMCLR.mean), torch.tensor(common.SIMCLR.std)),
+    )
+
+
+def stacked(pairs: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.stack(view) for view in zip(*pairs, strict=True)]
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def augment_case(batch: int, blur: float) -> Contestants:
+    """Two 32 px views of decoded images. The peers that take one image are given PIL, their fastest form."""
+    pixels = common.load_data("shapes").pretrain.pixels[:batch].clone()
+    pictures = [picture(p) for p in pixels]
+    recipe, source = replace(common.SIMCLR, size=32, blur=blur), torch.Generator().manual_seed(0)
+    contestants: Contestants = {OURS: lambda: [recipe(pixels, source) for _ in range(2)]}
+    for name, views in views_of_picture(32, blur).items():
+        contestants[name] = lambda views=views: stacked([views(p) for p in pictures])
+    if PEERS["kornia"]:
+        batched = kornia_view(32, blur)
+        contestants["kornia"] = lambda: [batched(pixels.float() / 255) for _ in range(2)]
+    return contestants
+
+
+def augment(options: argparse.Namespace) -> None:
+    heading("augment", "Two 32 px views of decoded images, one thread. Time per image, memory per batch.")
+    for batch, blur, goals in (
+        (256, 0.0, {"lightly": 12, "kornia": 3}),
+        (1024, 0.0, {"lightly": 12, "kornia": 3}),
+        (256, 0.5, {"lightly": 8}),
+    ):
+        times, sizes = measure(augment_case, {"batch": batch, "blur": blur}, {}, 1)
+        name, ours = f"{'blur .5' if blur else 'no blur'}, batch {batch}", times.pop(OURS) / batch
+        times = {peer: seconds / batch for peer, seconds in times.items()}
+        for peer, goal in goals.items():
+            report(f"{name}: time", "ms", ours, times, goal, peer)
+        report(f"{name}: memory", "MB", sizes.pop(OURS), sizes)
+
+
+# ------------------------------------------------------------------------------- full-size JPEGs
+
+
+def jpegs(photos: str, count: int) -> list[Path]:
+    """`count` files spread evenly over all below `photos`; none where there is no such folder."""
+    found = sorted(p for p in Path(photos).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    return found[:: max(1, len(found) // count)][:count]
+
+
+def jpeg_case(photos: str, count: int) -> Contestants:
+    """Two 224 px views from files. Peers open a file once and crop twice, as their data sets do."""
+    files = jpegs(photos, count)
+    images = common.OnDisk(photos, np.array([os.fsencode(p.relative_to(photos)) for p in files]))
+    batches, steps = common.Batches(images, (common.SIMCLR,) * 2, count, seed=0), itertools.count()
+    contestants: Contestants = {
+        OURS: lambda: next(batches.stream([next(steps)], CPU)),
+        "worker": lambda: batches[next(steps)],
+        "torchvision.io": lambda: [decode_image(str(p), mode="RGB") for p in files],
+        "PIL": lambda: [Image.open(p).convert("RGB") for p in files],
+    }
+    for name, views in views_of_picture(224, 0.5).items():
+        contestants[name] = lambda views=views: stacked([views(Image.open(p).convert("RGB")) for p in files])
+    return contestants
+
+
+def jpeg(options: argparse.Namespace) -> None:
+    heading("jpeg", "Two 224 px views from files, one thread. Time per image, memory for a batch of 64.")
+    count = len(jpegs(options.photos, 64))
+    if not count:
+        print(f"\nLeft out: no JPEG below {options.photos}, see --photos", flush=True)
+        return
+    times, sizes = measure(jpeg_case, {"photos": options.photos, "count": count}, {"count": 4}, 1, 15)
+    times = {name: seconds / count for name, seconds in times.items()}
+    decode = {name: times.pop(name) for name in ("torchvision.io", "PIL")}
+    everything, worker = times.pop(OURS), times.pop("worker")
+    report("worker's part: time", "ms", worker, times, 5, "torchvision v1")
+    report("everything on the CPU: time", "ms", everything, times, 2.5, "torchvision v1")
+    report("decoding alone: time", "ms", decode["torchvision.io"], {"PIL": decode["PIL"]})
+    report("worker's part / decoding alone: time", "", worker / decode["torchvision.io"], most=1.6)
+    peers = {name: sizes[name] for name in times}
+    report("worker's part: memory", "MB", sizes["worker"], peers)
+    report("everything on the CPU: memory", "MB", sizes[OURS], peers)
+
+
+# ------------------------------------------------------------------------------------------ step
+
+
+def step_case(batch: int, shares: dict[str, list[float]]) -> Contestants:
+    """One training step with its data. `shares` collects the share of each step that went into data."""
+    import simclr_fusion as trainer
+
+    data, recipe = common.load_data("shapes").pretrain, replace(common.SIMCLR, size=32, blur=0.0)
+    args = trainer.Args(arch="resnet18", stem="small", image_size=32, projector="512-128", fusion_layers=0)
+    args.temperature, args.weight_decay = 0.5, 5e-4
+    sgd = {"lr": 0.06, "momentum": 0.9, "weight_decay": args.weight_decay}
+
+    def timed(name: str, batches: Iterator, update: Callable[[list[Tensor]], object]) -> Callable[[], None]:
+        def step() -> None:
+            begin = time.perf_counter()
+            views = next(batches)
+            waited = time.perf_counter() - begin
+            update(views)
+            shares.setdefault(name, []).append(waited / (time.perf_counter() - begin))
+
+        return step
+
+    contestants: Contestants = {}
+    for name, precision in ((OURS, "bf16"), ("ours in fp32", "fp32")):
+        method = trainer.Method(*trainer.build_backbone(args), args, batch)
+        groups = [group for group in trainer.param_groups(method, args, sgd["lr"]) if group["params"]]
+        parts = (
+            method,
+            torch.optim.SGD(groups, fused=True, **sgd),
+            torch.amp.GradScaler("cpu", enabled=False),
+        )
+
+        def ours(views: list[Tensor], parts: tuple = parts, precision: str = precision) -> None:
+            trainer.update(*parts, views, 0, trainer.autocast(replace(args, precision=precision)))
+
+        stream = common.Batches(data, (recipe, recipe), batch, seed=0).stream(range(10**6), CPU)
+        contestants[name] = timed(name, (views for _, views in stream), ours)
+    if PEERS["lightly"]:
+        from lightly.loss import NTXentLoss
+
+        backbone, width = trainer.build_backbone(args)
+        net = nn.Sequential(backbone, trainer.mlp(width, args.projector))
+        net.to(memory_format=torch.contiguous_format)
+        optimizer, loss = torch.optim.SGD(net.parameters(), **sgd), NTXentLoss(0.5)
+        pictures = [picture(p) for p in data.pixels]
+
+        def update(views: list[Tensor]) -> None:
+            value = loss(net(views[0]), net(views[1]))
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+
+        two = views_of_picture(32, 0.0)["lightly"]
+        chosen = (random.choices(pictures, k=batch) for _ in itertools.count())
+        contestants["lightly"] = timed(
+            "lightly", (stacked([two(p) for p in some]) for some in chosen), update
+        )
+    return contestants
+
+
+def step(options: argparse.Namespace) -> None:
+    heading("step", "SimCLR, ResNet-18 with the `small` stem, 32 px, batch 16, one thread, data included.")
+    shares: dict[str, list[float]] = {}
+    times, sizes = measure(step_case, {"batch": 16, "shares": shares}, {}, 1, 25)
+    peers = {name: times[name] for name in times if name == "lightly"}
+    report("step: time", "ms", times[OURS], peers, 2, "lightly")
+    report("step in fp32: time", "ms", times["ours in fp32"], peers)
+    report("step: memory", "MB", sizes.pop(OURS), sizes)
+    waits = {name: 100 * statistics.median(share) for name, share in shares.items()}
+    report("share of the step spent on data", "%", waits.pop(OURS), waits, most=3)
+
+
+# ---------------------------------------------------------------------------------------- fusion
+
+
+def fusion(options: argparse.Namespace) -> None:
+    import simclr_fusion as trainer
+
+    heading("fusion", f"Layer and network, forward and backward of one view in bf16, {options.threads}t.")
+    torch.set_num_threads(options.threads)
+
+    def forward_backward(module: nn.Module, x: Tensor) -> None:
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(x)
+        out.backward(out.detach())
+
+    for size, batch, arch, stem, patch, most in (
+        (32, 256, "resnet18", "small", 4, 1),
+        (224, 64, "resnet50", "imagenet", 16, 3),
+    ):
+        network = trainer.build_backbone(trainer.Args(arch=arch, stem=stem, image_size=size))[0]
+        images = torch.randn(batch, 3, size, size)
+        nhwc = images.contiguous(memory_format=torch.channels_last)
+        contestants: Contestants = {"network": partial(forward_backward, network, nhwc.clone())}
+        with torch.autocast("cpu", torch.bfloat16):
+            first = network.conv1(nhwc.requires_grad_())
+
+        def layer_and_gradient(layer: nn.Module, images=images, first=first, nhwc=nhwc) -> None:
+            forward_backward(layer, images)
+            # Behind a layer that learns, the network's first convolution has to return a gradient too.
+            torch.autograd.grad(first, nhwc, first.detach(), retain_graph=True)
+
+        for k in (1, 3):
+            contestants[f"k={k}"] = partial(layer_and_gradient, trainer.FusionLayer(batch, 1, patch, k))
+        for contestant in contestants.values():
+            contestant()
+        times = interleave(contestants, 15, most=7)
+        whole = times.pop("network")
+        for name, seconds in times.items():
+            case = f"{arch}, {size} px, batch {batch}, {name}: {show(seconds, 'ms')} + {show(whole, 'ms')}"
+            report(case, "%", 100 * seconds / (seconds + whole), most=most)
+
+
+# ---------------------------------------------------------------------------------------- growth
+
+
+def exponent(case: str, sizes: list[int], values: list[float], most: float) -> None:
+    """The slope on logarithmic axes, over the upper half of the sizes: below, fixed costs rule."""
+    upper = len(sizes) // 2
+    slope = np.polyfit(np.log(sizes[upper:]), np.log(np.maximum(values[upper:], 1e-9)), 1)[0]
+    report(f"{case}, exponent", "", float(slope), most=most)
+
+
+def folder_case(folder: str) -> Contestants:
+    """Start-up on a folder, to the first batch of 8 that it serves."""
+
+    def start() -> tuple:
+        data = common.load_data(folder)
+        batches = common.Batches(data.pretrain, (common.SIMCLR,) * 2, 8, seed=0)
+        return data, batches, batches[0]
+
+    return {OURS: start}
+
+
+def growth_on_disk(photos: str) -> None:
+    """A tree of hard links to photographs, a thousand in each class folder, named as in ImageNet.
+
+    There are 25, because file systems limit the links to a file (ext4: 65,000), and of several sizes, because
+    a small folder of one size is held in memory.
+    """
+    counts, rows, files = [10**3, 10**4, 10**5, 10**6], [], jpegs(photos, 25)
+    if not files:
+        print(f"\nOn disk left out: no JPEG below {photos}, see --photos", flush=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as temporary:
+        copies, tree = Path(temporary, "photos"), Path(temporary, "tree")
+        copies.mkdir()
+        tree.mkdir()
+        for i, file in enumerate(files):
+            (copies / f"{i}.JPEG").write_bytes(file.read_bytes())
+        links = itertools.cycle(copies.iterdir())
+        for first, last in itertools.pairwise([0, *counts]):
+            for i in range(first, last):
+                folder = tree / f"n{i // 1000:08d}"
+                if i % 1000 == 0:
+                    folder.mkdir()
+                os.link(next(links), f"{folder}/n{i // 1000:08d}_{i % 1000}.JPEG")
+            rows.append(growth_of(folder_case, {"folder": str(tree)}, {"folder": str(copies)}, OURS))
+            report(f"on disk, {last:,} images: start-up", "s", rows[-1]["seconds"], most=30)
+    exponent("on disk: start-up", counts, [r["seconds"] for r in rows], 1.1)
+    for entry, what in (("held", "memory held"), ("peak", "peak memory")):
+        report(f"on disk, {counts[-1]:,} images: {what}", "MB", rows[-1][entry])
+        per_image = (rows[-1][entry] - rows[0][entry]) / (counts[-1] - counts[0])
+        report(f"on disk: {what} for each added image", "bytes", per_image, most=200)
+
+
+def growth(options: argparse.Namespace) -> None:
+    heading("growth", f"Time with {options.threads}t. Exponents are slopes over the upper half of the sizes.")
+    sizes = [2**i for i in range(8, 15)]
+    for kind, symbol, fixed in (("nt_xent", "n", {"d": 128}), ("dimcl", "d", {"n": 256})):
+        times, memory = [], []
+        for size in sizes:
+            arguments = {"kind": kind, symbol: size} | fixed
+            torch.set_num_threads(options.threads)
+            times.append(interleave({OURS: loss_case(**arguments)[OURS]}, 1, most=10)[OURS])
+            memory.append(growth_of(loss_case, arguments, {symbol: min(size, 2048)}, OURS)["peak"])
+            report(f"{kind}, {symbol.upper()}={size}: time", "ms", times[-1])
+            report(f"{kind}, {symbol.upper()}={size}: memory", "MB", memory[-1])
+        exponent(f"{kind}: time", sizes, times, 2.1)
+        exponent(f"{kind}: memory", sizes, memory, 1.1)
+    torch.set_num_threads(1)
+    batches = [2**i for i in range(6, 12)]
+    times = interleave({str(b): augment_case(b, 0.0)[OURS] for b in batches}, 3)
+    exponent("augmentation of 64 to 2048 images: time", batches, list(times.values()), 1.1)
+    growth_on_disk(options.photos)
+
+
+SECTIONS = {f.__name__: f for f in (losses, augment, jpeg, step, fusion, growth)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=SECTIONS)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--photos", default=str(ROOT / "../shared/data/photos"), help="folder with JPEG files"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="if a row names no other"
+    )
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    start = time.perf_counter()
+    setting = f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores"
+    print(f"{setting}, {options.threads} threads where a row names no other", flush=True)
+    absent = ", ".join(name for name, found in PEERS.items() if not found) or "none"
+    print(f"Peers that are not installed, left out below: {absent}", flush=True)
+    for name, section in SECTIONS.items():
+        if options.only in (None, name):
+            section(options)
+    missed = [r["case"] for r in ROWS if r["met"] is False]
+    print(f"\n{time.perf_counter() - start:.0f} s. Goals not met: {'; '.join(missed) or 'none'}")
+    if options.json:
+        options.json.write_text(json.dumps({"setting": setting, "absent": absent, "rows": ROWS}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
