@@ -30,7 +30,7 @@ from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
-# torchvision announces the end of its decoder at every image; `OnDisk.read` would do with Pillow then, slower.
+# torchvision announces the end of its decoder at every image; `OnDisk.read` can do with Pillow, more slowly.
 warnings.filterwarnings("ignore", message=".*decoding.*deprecated", module="torchvision")
 
 

@@ -313,7 +313,10 @@ class LARS(torch.optim.Optimizer):
                 norms = zip(torch._foreach_norm(weights), torch._foreach_norm(grads), strict=True)
                 ratios = [torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0) for w, g in norms]
                 torch._foreach_mul_(grads, ratios)
-            velocity = [self.state[p].setdefault("velocity", torch.zeros_like(p)) for p in weights]
+            for p in weights:
+                if not self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+            velocity = [self.state[p]["velocity"] for p in weights]
             torch._foreach_mul_(velocity, group["momentum"])
             torch._foreach_add_(velocity, grads)
             torch._foreach_add_(weights, velocity, alpha=-group["lr"])
@@ -515,7 +518,8 @@ def main() -> None:
             data = load_data(args.data, args.root)
         any_rank(False)
     remark = settle(args, given, data)
-    run = Path(args.run_dir or f"runs/{Path(__file__).stem}_{Path(args.data).name}_{args.seed}")
+    name = f"{Path(__file__).stem}_{Path(args.data).resolve().name}_{args.seed}{'_eval' if args.eval else ''}"
+    run = Path(args.run_dir or f"runs/{name}")
     run.mkdir(parents=True, exist_ok=True)
     log = Log(run, args.tensorboard)
     backbone, width = build_backbone(args)
@@ -649,3 +653,5 @@ if __name__ == "__main__":
         refuse(str(error))
     except OSError as error:
         refuse(str(error), 1)
+    if WORLD > 1:
+        dist.destroy_process_group()

@@ -17,6 +17,8 @@ import torchvision
 from conftest import ROOT, SCRIPTS, TORCHRUN, environment, flags, inside, python, write_images
 from PIL import Image
 
+import common
+
 FILES = {"args.json", "backbone.pt", "checkpoint.pt", "metrics.jsonl", "neighbours.png", "views.png"}
 
 
@@ -385,12 +387,14 @@ def test_eval(runs, mixed, tmp_path, capfd):
     (run / "broken.pt").unlink()
 
 
-def test_shapes_probe_during_training(tmp_path, capfd):
-    """Embedded data, its preset, `--probe-every`, `--probe-augment`."""
-    words = flags("simclr_fusion", "--batch-size 2048 --probe-every 1 --probe-augment --fusion-layers 0")
-    done = inside(capfd, "simclr_fusion", *words, "--data", "shapes", "--run-dir", str(tmp_path / "run"))
-    assert done.code == 0 and "preset shapes" in done.out
-    assert [r["step"] for r in records(tmp_path / "run", "probe")] == [2, 4]
+def test_shapes_and_probes_during_training(tmp_path, capfd, monkeypatch):
+    """Embedded data (here a sixteenth of it), its preset, `--probe-every`, `--probe-augment`."""
+    draw = common._shapes
+    monkeypatch.setattr(common, "_shapes", lambda count, **seed: draw(count // 16, **seed))
+    words = flags("simclr_fusion", f"--probe-every 1 --probe-augment --batch-size 128 --run-dir {tmp_path}")
+    done = inside(capfd, "simclr_fusion", *words, "--data", "shapes")
+    assert done.code == 0 and "256 images" in done.out and "preset shapes" in done.out
+    assert [r["step"] for r in records(tmp_path, "probe")] == [2, 4]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
