@@ -387,7 +387,7 @@ class Batches(torch.utils.data.Dataset):
         for step, (crops, used, failed) in zip(steps, loader, strict=True):
             self.images.note_broken(failed)
             views = zip(self.recipes, crops.to(device, non_blocking=True), self.plan(step)[1], strict=True)
-            yield used, [recipe.apply(x, u, cropped=True) for recipe, x, u in views]
+            yield np.asarray(used), [recipe.apply(x, u, cropped=True) for recipe, x, u in views]
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -640,7 +640,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        dist.all_gather_single(out, x.contiguous())
         return out
 
     @staticmethod

@@ -408,13 +408,14 @@ def features(net: nn.Module, images: Images, args: Args, epoch: int | None = Non
     batches = Batches(
         images, [recipe], 256, None if epoch is None else args.seed + 1000 * epoch, shuffle=False
     )
-    steps, x = range(RANK, math.ceil(len(images) / 256), WORLD), None
-    y = torch.zeros(len(images), dtype=torch.int64, device=DEVICE)
+    steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     net.eval()
+    width = net(torch.zeros(1, 3, args.image_size, args.image_size, device=DEVICE)).shape[1]
+    x = torch.zeros(len(images), width, device=DEVICE)
+    y = torch.zeros(len(images), dtype=torch.int64, device=DEVICE)
     for step, (used, (view,)) in zip(steps, batches.stream(steps, DEVICE, args.workers), strict=True):
         with autocast(args):
             out = net(view.contiguous(memory_format=torch.channels_last)).float()
-        x = torch.zeros(len(images), out.shape[1], device=DEVICE) if x is None else x
         x[step * 256 :][: len(out)] = out
         y[step * 256 :][: len(out)] = torch.from_numpy(used if images.labels is None else images.labels[used])
     net.train()
@@ -559,7 +560,7 @@ def main() -> None:
         backbone.compile()
     if WORLD > 1:  # SyncBatchNorm exists for CUDA only: on CPUs each rank normalises by its own share
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
-        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        net = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     groups = [group for group in param_groups(model, args, peak) if group["params"]]
     optimizer = {
         "lars": lambda: LARS(groups, peak),

@@ -115,30 +115,30 @@ def when_at(process, step: int) -> None:
     raise AssertionError(process.stderr.read())
 
 
-LONG = ("--epochs", "6", "--save-every", "1")  # 24 steps
+LONG = ("--epochs", "3", "--save-every", "1", "--fusion-lr", "0.01")  # 12 steps
 
 
 def test_killed_and_continued_is_bit_identical(images, tmp_path):
     """simclr_fusion: SIGTERM, then SIGKILL, then to the end; against a run that nothing has disturbed."""
-    undisturbed = start("simclr_fusion", images, tmp_path / "a", *LONG, "--fusion-lr", "0.01")
-    process = start("simclr_fusion", images, tmp_path / "b", *LONG, "--fusion-lr", "0.01")
-    when_at(process, 3)
+    undisturbed = start("simclr_fusion", images, tmp_path / "a", *LONG)
+    process = start("simclr_fusion", images, tmp_path / "b", *LONG)
+    when_at(process, 2)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     at = int(re.search(r"stopped by a signal after step (\d+); the same command continues", out).group(1))
     saved = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
-    assert 3 <= saved["step"] == at < 24
+    assert 2 <= saved["step"] == at < 12
     assert not (tmp_path / "b" / "backbone.pt").exists()
 
-    process = start("simclr_fusion", images, tmp_path / "b", *LONG, "--fusion-lr", "0.01")
-    when_at(process, at + 5)
+    process = start("simclr_fusion", images, tmp_path / "b", *LONG)
+    when_at(process, at + 3)
     process.kill()
     process.communicate(timeout=120)
     saved = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
-    assert at + 4 <= saved["step"] < 24
+    assert at + 2 <= saved["step"] < 12
 
-    process = start("simclr_fusion", images, tmp_path / "b", *LONG, "--fusion-lr", "0.01")
+    process = start("simclr_fusion", images, tmp_path / "b", *LONG)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and f"continuing after step {saved['step']}" in out, err
     assert undisturbed.wait(120) == 0
@@ -256,7 +256,7 @@ OWN_WRONG = {
         "--dimcl-temperature 0": ("--dimcl-temperature",),
     },
     "simclr_curation": {
-        "--curation-candidates 9": ("--curation-candidates 9", "64"),
+        "--curation-candidates 9": ("9 ", "16", "64"),
         "--curation-start 1.5": ("--curation-start 1.5",),
         "--curation best": ("--curation", "best"),
     },
@@ -424,9 +424,7 @@ def test_a_copy_in_an_empty_folder_runs(images, tmp_path):
 
 def test_real_photographs(real, tmp_path, capfd):
     """Real JPEG files of all sizes, gray and progressive ones among them, through the path on disk."""
-    words = flags("simclr_fusion", "--epochs 1 --batch-size 200 --image-size 32")
-    done = inside(
-        capfd, "simclr_fusion", *words, "--data", str(real / "photos"), "--run-dir", str(tmp_path / "run")
-    )
-    assert done.code == 0 and "OnDisk" in done.out and "unreadable" not in done.err, done.err
-    assert "400 images" in done.out
+    words = flags("simclr_fusion", f"--epochs 1 --batch-size 45 --data {real / 'photos' / 'val'}")
+    done = inside(capfd, "simclr_fusion", *words, "--run-dir", str(tmp_path / "run"))
+    assert done.code == 0 and "unreadable" not in done.err, done.err
+    assert "90 images" in done.out and "OnDisk" in done.out and "10 val images" in done.out
