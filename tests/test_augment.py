@@ -186,6 +186,13 @@ def test_boxes_are_distributed_as_torchvisions():
     assert abs(flips.mean() - 0.5) < 0.03
 
 
+def test_place_size_and_flip_are_independent():
+    boxes, flips = SIMCLR.boxes(SIMCLR.draw(5000, generator(12)), 300, 300)
+    top, left, height, width = boxes.T.astype(float)
+    chosen = top / (301 - height), left / (301 - width), height * width, width / height, flips
+    assert abs(np.corrcoef(np.stack(chosen)) - np.eye(5)).max() < 0.07
+
+
 def test_boxes_of_extreme_images():
     """Where no crop fits, the centre, as in torchvision."""
     for height, width in ((4, 400), (400, 4), (1, 1), (2, 3)):
