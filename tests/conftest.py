@@ -42,6 +42,11 @@ def flags(name: str, extra: str = "") -> list[str]:
     return f"{TINY} {OWN[name]} {extra}".split()
 
 
+def pytest_configure(config):
+    # torchvision 0.29 announces, once an image, that it will drop its decoders.
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
     return torch.device(request.param)
