@@ -1,6 +1,6 @@
 """SimCLR with batch fusion (BA-SSL), in one file.
 
-    python simclr_fusion.py                                          # drawn shapes, CPU, about a minute
+    python simclr_fusion.py                                          # drawn shapes, CPU, two minutes
     python simclr_fusion.py --data cifar10                           # downloads
     python simclr_fusion.py --data path/to/images                    # with or without class folders
     torchrun --nproc_per_node=8 simclr_fusion.py --data imagenet     # ResNet-50, the published recipe

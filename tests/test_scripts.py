@@ -547,3 +547,24 @@ def test_stems_and_widths(machine):
     first = machine.build_backbone(args)[0].state_dict()
     second = machine.build_backbone(args)[0].state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+# ------------------------------------------------------------------------------------------ collapse
+
+
+def test_byol_without_predictor_is_told_to_collapse(monkeypatch, tmp_path, capsys):
+    byol = importlib.import_module("byol_dimcl")
+
+    class WithoutPredictor(byol.Method):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.predictor = nn.Identity()
+
+    few = common.load_data("shapes").train.take(np.arange(512))
+    monkeypatch.setattr(byol, "load_data", lambda *_: common.Data(few, None, None))
+    monkeypatch.setattr(byol, "Method", WithoutPredictor)
+    monkeypatch.setattr(byol.signal, "signal", lambda *_: None)
+    flags = "--dimcl-weight 0 --epochs 1 --batch-size 64 --image-size 16 --lr 0.02 --target-momentum 0.5"
+    with command_line("byol_dimcl", *flags.split(), "--log-every", "8", "--run-dir", str(tmp_path)):
+        byol.main()
+    assert "COLLAPSE" in capsys.readouterr().out
