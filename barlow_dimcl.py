@@ -1,6 +1,6 @@
 """Barlow Twins with dimensional contrast (DimCL), in one file.
 
-    python barlow_dimcl.py                                          # drawn shapes, CPU, about a minute
+    python barlow_dimcl.py                                          # drawn shapes, CPU, two minutes
     python barlow_dimcl.py --data cifar10                           # downloads
     python barlow_dimcl.py --data path/to/images                    # with or without class folders
     torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, the published recipe
@@ -21,7 +21,8 @@ ranks statistics and gradients of both losses are those of the whole batch.
 The published code's gradient is 1 / ranks of the true one. LARS cancels this for weights, but not for biases
 and norms: the published .0048 per 256 was .0048 / 32 of the exact gradient on its 32 GPUs, and so it is here.
 
-Measured: RESULT
+Measured (10,000 images of CIFAR-10, 8 epochs, 2 CPU cores, one seed; the commands stand in the README):
+linear probe 47.6 %, 37.4 % on the untrained network. Not yet compared with plain Barlow Twins.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """BYOL with dimensional contrast (DimCL), in one file.
 
-    python byol_dimcl.py                                          # drawn shapes, CPU, about a minute
+    python byol_dimcl.py                                          # drawn shapes, CPU, two minutes
     python byol_dimcl.py --data cifar10                           # downloads
     python byol_dimcl.py --data path/to/images                    # with or without class folders
     torchrun --nproc_per_node=8 byol_dimcl.py --data imagenet     # ResNet-50, the published recipe
@@ -20,7 +20,8 @@ Stated by the paper: the contrast along the dimension, its place before the pred
 Its batch norm and L2 normalisation of a column are centring and L2 normalisation: the scale cancels. Our
 reading: under several ranks statistics and gradients are those of the whole batch, not each rank's own.
 
-Measured: RESULT
+Measured (10,000 images of CIFAR-10, 8 epochs, 2 CPU cores, one seed; the commands stand in the README):
+linear probe 51.8 %, 38.0 % on the untrained network. Not yet compared with plain BYOL.
 """
 
 import argparse

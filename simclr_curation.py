@@ -1,6 +1,6 @@
 """SimCLR with batch curation, in one file.
 
-    python simclr_curation.py                                          # drawn shapes, CPU, about a minute
+    python simclr_curation.py                                          # drawn shapes, CPU, two minutes
     python simclr_curation.py --data cifar10                           # downloads
     python simclr_curation.py --data path/to/images                    # with or without class folders
     torchrun --nproc_per_node=8 simclr_curation.py --data imagenet     # ResNet-50, the published recipe
