@@ -25,8 +25,8 @@ are selected during training. Criterion, granularity and start are our reading.
 
 Measured (10,000 images of CIFAR-10, 8 epochs, 2 CPU cores, one seed; the commands stand in the README):
 linear probe 52.3 % (--curation batch, K = 2), 52.2 % for plain SimCLR, 37.4 % on the untrained network: no
-gain. In its last epoch 78.8 % of the candidates and 77.4 % of the trained pairs violated the objective: random
-batches differ little.
+gain. In the last epoch 78.8 % of the candidates and 77.4 % of the trained pairs violated the objective:
+random batches differ little.
 """
 
 import argparse
