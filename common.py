@@ -677,6 +677,12 @@ def _no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
+def _once(grad: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # create_graph: a gradient made in the forward pass is constant to autograd
+        raise RuntimeError("this loss cannot be differentiated twice")
+    return grad
+
+
 class _Contrast(torch.autograd.Function):
     """sum_i -log(e^p_i / (e^p_i + sum_j e^(x_i . y_j))), the sum over j without the columns skip_i.
 
@@ -718,17 +724,63 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: the saved gradients are constants to autograd
-            raise RuntimeError("this loss cannot be differentiated twice")
-        grad_x, grad_y, grad_p = ctx.saved_tensors
+        grad_x, grad_y, grad_p = (_once(g) for g in ctx.saved_tensors)
         return grad * grad_x, None if grad_y is None else grad * grad_y, grad * grad_p, None
 
 
-def _pairs(x: Tensor, y: Tensor, first: int, half: int) -> Tensor:
+class _Symmetric(torch.autograd.Function):
+    """sum_i -log(e^(x_i . x_pair(i)) / sum_(j != i) e^(x_i . x_j)); the two halves of x (M, d) are the pairs.
+
+    |x_i|^2 <= bound <= 40, or e^-bound is no number. Of the blocks of the symmetric M x M matrix, only those
+    up to the diagonal are visited: for the sums, and again for the gradient, which the sums of both the rows
+    and the columns of a block enter. The pair stays apart, so that a loss near 0 keeps its digits.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bound: float) -> Tensor:
+        half, block = len(x) // 2, 512 if x.device.type == "cpu" else 4096
+        pair, rest, xs = x.roll(half, 0), x.new_zeros(len(x)), x.split(block)
+        positive, rests = (x * pair).sum(1) - bound, rest.split(block)
+        visits = [(i, j) for i in range(len(xs)) for j in range(i + 1)]
+
+        def exponentials(i: int, j: int) -> Tensor:
+            e = (xs[i] @ xs[j].T).sub_(bound).exp_()
+            for offset in (-half, 0, half):  # the pair and the row itself; mostly outside of the block
+                e.diagonal((i - j) * block + offset).zero_()
+            return e
+
+        with _no_autocast(x):
+            for i, j in visits:
+                e = exponentials(i, j)
+                rests[i].add_(e.sum(1))
+                if i != j:
+                    rests[j].add_(e.sum(0))
+            inverse = 1 / (rest + positive.exp())
+            share, inverses = rest * inverse, inverse.split(block)
+            grad = pair.mul_(-(share + share.roll(half))[:, None])
+            grads = grad.split(block)
+            for i, j in visits:
+                e = e if len(xs) == 1 else exponentials(i, j)
+                for rows, of_row in zip(e.split(64), inverses[i].split(64), strict=True):
+                    rows.mul_(of_row[:, None] + inverses[j])
+                grads[i].addmm_(e, xs[j])
+                if i != j:
+                    grads[j].addmm_(e.T, xs[i])
+        ctx.save_for_backward(grad)
+        return F.softplus(rest.log() - positive).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * _once(ctx.saved_tensors[0]), None
+
+
+def _pairs(x: Tensor, y: Tensor, first: int, half: int, temperature: float) -> Tensor:
     """Mean contrastive loss of the rows x = y[first : first + len(x)] among all rows of y (M, d).
 
-    Rows i and i + half of every 2 half rows of y are a pair. Similarity is the product, with 1 / temperature.
+    Rows i and i + half of every 2 half rows of y are a pair. Similarity is the product; |y_i|^2 <= 1 / t.
     """
+    if len(x) == len(y) == 2 * half and temperature >= 0.025:
+        return _Symmetric.apply(x, 1 / temperature) / len(x)
     own = torch.arange(first, first + len(x), device=x.device)
     pair = own + half - 2 * half * (own % (2 * half) >= half)
     return _Contrast.apply(x, y, (x * y[pair]).sum(1), torch.stack([own, pair], 1)) / len(x)
@@ -742,7 +794,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """
     z1, z2 = _matrices(z1, z2)
     x = F.normalize(torch.cat([z1, z2]), dim=1) / _positive(temperature) ** 0.5
-    return _pairs(x, gather(x), _ranks()[0] * len(x), len(z1))
+    return _pairs(x, gather(x), _ranks()[0] * len(x), len(z1), temperature)
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
@@ -774,9 +826,9 @@ def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> T
     squared norm is the product of the N x N Gram matrices of both sides. Without information: about D.
     """
     a, b = (gather(z) for z in _matrices(z1, z2))
-    a, b = ((z - z.mean(0)) * torch.rsqrt(z.var(0, correction=0) + 1e-5) for z in (a, b))
     n, width = a.shape
     with _no_autocast(a):
+        a, b = (F.batch_norm(z, None, None, training=True) for z in (a, b))
         diagonal = (a * b).mean(0)
         if n < width:
             off = ((a @ a.T) * (b @ b.T)).sum() / n**2 - diagonal.square().sum()
@@ -797,4 +849,4 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     y = (z * torch.rsqrt(_positive(temperature) * z.square().sum(0) + 1e-12)).T
     rank, world = _ranks()
     first, last = (r * len(y) // world for r in (rank, rank + 1))
-    return _pairs(y[first:last], y, first, z1.shape[1]) * ((last - first) * world / len(y))
+    return _pairs(y[first:last], y, first, z1.shape[1], temperature) * ((last - first) * world / len(y))
