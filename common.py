@@ -465,7 +465,9 @@ class Augment:
 
         u None: centre crop without any change of colour. cropped: the pixels are crops of the right size.
         """
-        count, device = len(pixels) if index is None else len(index), pixels.device
+        device = pixels.device
+        index = torch.arange(len(pixels), device=device) if index is None else index
+        count = len(index)
         out = pixels.new_empty(count, 3, self.size, self.size, dtype=torch.float32)
         mean, std = (_to(np.float32(c), device).view(3, 1, 1) for c in (self.mean, self.std))
         boxes, flips = self.boxes(u, *pixels.shape[2:])
@@ -475,18 +477,20 @@ class Augment:
         # A CPU works on as many samples at a time as its cache holds, a GPU on all.
         chunk = count if device.type != "cpu" else 2**18 // self.size**2 if self.size <= 64 else 1
         for first in range(0, count, chunk):
-            part = slice(first, first + chunk)
-            x = pixels[part] if index is None else pixels.index_select(0, index[part])
+            rows = np.arange(first, min(first + chunk, count))
+            if u is not None:  # the order in which the jitter begins: pixels are cheaper to sort than floats
+                rows = rows[np.argsort(order[rows, 0], kind="stable")]
+            x = pixels.index_select(0, _select(index, rows))
             x = x.to(torch.float32, memory_format=torch.contiguous_format)
-            x = x.mul_(1 / 255) if cropped else self._crop(x, boxes[part])
+            x = x.mul_(1 / 255) if cropped else self._crop(x, _select(boxes, rows))
             if u is not None:
-                x = _jitter(x, order[part], numbers[part])
+                x, rows = _jitter(x, rows, order, numbers)
             for change, samples in changes:
-                rows = np.flatnonzero(samples[part])
-                if len(rows):
-                    some = change(_select(x, rows), _select(numbers[part], rows))
-                    x = some if len(x) == 1 else x.index_copy_(0, _to(rows, device), some)
-            torch.sub(x, mean, out=out[part]).mul_(1 / std)
+                hit = np.flatnonzero(samples[rows])
+                if len(hit):
+                    some = change(_select(x, hit), _select(numbers, rows[hit]))
+                    x = some if len(x) == 1 else x.index_copy_(0, _to(hit, device), some)
+            out.index_copy_(0, _to(rows, device), x.sub_(mean).mul_(1 / std))
         return out
 
     def restore(self, views: Tensor) -> Tensor:
@@ -518,8 +522,8 @@ class Augment:
 
 
 def _select(x: Tensor, rows: np.ndarray) -> Tensor:
-    """The samples `rows`, at least one: of a single sample that is itself, without a copy."""
-    return x if len(x) == 1 else x.index_select(0, _to(rows, x.device))
+    """x[rows], without a copy where these are all rows in their order."""
+    return x if np.array_equal(rows, np.arange(len(x))) else x.index_select(0, _to(rows, x.device))
 
 
 def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, inside: int, out: int) -> Tensor:
@@ -528,12 +532,13 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, inside: int, out
     R[o, j] is proportional to max(0, 1 - |j + 1/2 - c_o| / s), c_o the centre of output pixel o and s the
     larger of 1 and length / out; start, length, flip: (n, 1, 1).
     """
-    j, o = (torch.arange(n, device=start.device, dtype=torch.float32) for n in (inside, out))
-    o = o[:, None] + flip * (out - 1 - 2 * o[:, None])
+    j, o = (torch.arange(n, device=start.device) + 0.5 for n in (inside, out))
+    o = o[:, None] + flip * (out - 2 * o[:, None])
     step = length / out
-    weight = (j + 0.5) - (start + (o + 0.5) * step)
-    weight = weight.abs_().mul_(-1 / step.clamp(min=1)).add_(1).clamp_(min=0)
-    weight *= ((j >= start) & (j < start + length)).float()
+    slope = 1 / step.clamp(min=1)
+    j = torch.where((j > start) & (j < start + length), (j - start) * slope, torch.inf)
+    weight = torch.sub(j, o * (step * slope)).abs_()
+    weight = torch.sub(1, weight, out=weight).clamp_(min=0)
     return weight.div_(weight.sum(2, keepdim=True))
 
 
@@ -542,20 +547,21 @@ def _gray(x: Tensor) -> Tensor:
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _jitter(x: Tensor, order: np.ndarray, numbers: Tensor) -> Tensor:
-    """Four rounds; in each the samples stand sorted by the part of the jitter that is their next."""
-    stand = np.arange(len(x))
-    for turn in order.T:
-        rows = np.argsort(turn, kind="stable")
-        x, factors = _select(x, np.argsort(stand)[rows]), _select(numbers, rows)
-        stand, counts = rows, np.bincount(turn, minlength=5).tolist()
+def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, numbers: Tensor) -> tuple[Tensor, np.ndarray]:
+    """Four rounds; in each, the samples x of the batch's `rows` are sorted by the part that is their next.
+
+    Returns the samples, changed in place, and the rows that they are.
+    """
+    for turn in range(4):
+        moved = np.argsort(order[rows, turn], kind="stable")
+        x, rows = _select(x, moved), rows[moved]
+        counts = np.bincount(order[rows, turn], minlength=5).tolist()
+        factors = _select(numbers, rows).split(counts)
         parts = (_brightness, _contrast, _saturation, _hue, None)
-        for i, (part, some, its) in enumerate(
-            zip(parts, x.split(counts), factors.split(counts), strict=True)
-        ):
+        for i, (part, some) in enumerate(zip(parts, x.split(counts), strict=True)):
             if part and len(some):
-                part(some, its[:, i, None])
-    return _select(x, np.argsort(stand))
+                part(some, factors[i][:, i, None])
+    return x, rows
 
 
 # The jitter's parts work in place on x (n, 3, h, w) in [0, 1], with a factor f (n, 1, 1, 1) for each sample.
