@@ -168,16 +168,10 @@ def chance_loss(args: Args) -> float:
 
 def param_groups(model: nn.Module, args: Args, peak: float) -> list[dict]:
     """Weights; biases and norms, without decay and LARS."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained, decay = [p for p in model.parameters() if p.requires_grad], args.weight_decay
     weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     return [
-        {
-            "name": "weights",
-            "params": weights,
-            "peak": peak,
-            "weight_decay": args.weight_decay,
-            "adapt": True,
-        },
+        {"name": "weights", "params": weights, "peak": peak, "weight_decay": decay, "adapt": True},
         {"name": "biases and norms", "params": others, "peak": peak, "weight_decay": 0.0, "adapt": False},
     ]
 
@@ -234,10 +228,9 @@ def settle(args: Args, given: set[str], data: Data) -> str:
             args.batch_size //= 2
         args.batch_size = max(2, args.batch_size // WORLD) * WORLD
         remark += f", batch size {args.batch_size} (preset: {PRESETS[preset]['batch_size']})"
-    if args.batch_size % WORLD or args.batch_size < 2 * WORLD:
-        refuse(f"--batch-size {args.batch_size} does not make equal shares of 2 or more for {WORLD} ranks")
-    if args.batch_size > images:
-        refuse(f"--batch-size {args.batch_size} exceeds the {images} images of --data {args.data}")
+    if args.batch_size % WORLD or not 2 * WORLD <= args.batch_size <= images:
+        fits = f"a multiple of {WORLD} (ranks), from {2 * WORLD} to the {images} images of {args.data}"
+        refuse(f"--batch-size {args.batch_size}: must be {fits}")
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     if args.warmup_epochs >= args.epochs:
@@ -384,9 +377,7 @@ def load_checkpoint(path: Path, identity: dict) -> dict | None:
         refuse(f"{path} is damaged or not a checkpoint of this script ({type(error).__name__}): move it away")
     changed = [f"{k} {other.get(k)} there, {v} now" for k, v in identity.items() if other.get(k) != v]
     if changed:
-        refuse(
-            f"{path} is of another run ({'; '.join(changed)}): repeat its settings or give another --run-dir"
-        )
+        refuse(f"{path} is of another run ({'; '.join(changed)}): repeat its flags, or give a new --run-dir")
     return saved
 
 
@@ -400,9 +391,8 @@ def features(net: nn.Module, images: Images, args: Args, epoch: int | None = Non
     """Features (N, d) in eval mode and labels (N,); each rank computes a share. Of centre crops, or with
     `epoch` of random crops and flips, others in each epoch."""
     recipe = replace(recipes(args)[0], jitter=0.0, gray=0.0, blur=0.0, solarize=0.0)
-    batches = Batches(
-        images, [recipe], 256, None if epoch is None else args.seed + 1000 * epoch, shuffle=False
-    )
+    seed = None if epoch is None else args.seed + 1000 * epoch
+    batches = Batches(images, [recipe], 256, seed, shuffle=False)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     net.eval()
     width = net(torch.zeros(1, 3, args.image_size, args.image_size, device=DEVICE)).shape[1]
@@ -499,9 +489,7 @@ def main() -> None:
     args, given = parse()
     cuda = DEVICE.type == "cuda"
     if cuda and DEVICE.index >= torch.cuda.device_count():
-        refuse(
-            f"{DEVICE} does not exist, there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node", 1
-        )
+        refuse(f"no {DEVICE}: there are {torch.cuda.device_count()} GPUs, lower --nproc_per_node", 1)
     if WORLD > 1:  # CPU tensors, as the stop sign, travel by gloo; the time is for rank 0's download
         torch.cuda.set_device(DEVICE) if cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
@@ -565,9 +553,9 @@ def main() -> None:
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
 
     settings, path, start = asdict(args), run / "checkpoint.pt", 0
-    free = {"root", "run_dir", "eval", "compile", "workers", "save_every", "log_every", "tensorboard"}
-    free |= {"probe_every", "probe_epochs", "probe_augment"}  # what may change when a run continues
-    identity = {name: value for name, value in settings.items() if name not in free}
+    free = "root run_dir eval compile workers save_every log_every probe_every probe_epochs probe_augment"
+    free += " tensorboard"  # what may change when a run continues
+    identity = {name: value for name, value in settings.items() if name not in free.split()}
     identity |= {"script": Path(__file__).stem, "images": len(data.pretrain)}
     if saved := load_checkpoint(path, identity):
         try:
@@ -583,9 +571,8 @@ def main() -> None:
     log.say(f"view 1: {view1}\nview 2: {'the same' if view1 == view2 else view2}")
     log.say(f"{args.arch}, stem {args.stem}, {width} features, {args.precision} on {DEVICE}")
     for g in groups:
-        log.say(
-            f"{sum(p.numel() for p in g['params']):,} {g['name']}: learning rate {g['peak']:.3g} at its peak"
-        )
+        count = sum(p.numel() for p in g["params"])
+        log.say(f"{count:,} {g['name']}: learning rate {g['peak']:.3g} at its peak")
     log.say(f"{WORLD} x {share} images a step, {steps} steps, chance loss {chance_loss(args):.3f}, in {run}")
     log.say(f"continuing after step {start}" if start else "starting")
     log.record("args", start, **settings, ranks=WORLD, device=str(DEVICE))

@@ -330,10 +330,7 @@ def test_wrong_temperature_is_refused(temperature):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory as Linux counts it")
 def test_wide_embeddings_need_little_memory():
-    """Barlow and DimCL at batch 256, embedding 3072: together less than one matrix of 2D x 2D, 0.15 GB.
-
-    So 8192, which takes half a minute, needs less than 1.07 of the 1.5 GB that it may.
-    """
+    """Barlow and DimCL at batch 256, embedding 8192: together less than one D x D matrix, 0.27 GB."""
     code = """if True:
         import resource, torch, common
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -342,9 +339,9 @@ def test_wide_embeddings_need_little_memory():
             (common.barlow_twins(*z) + common.dimcl(*z)).backward()
         both(64)
         before = peak()
-        both(3072)
+        both(8192)
         print(peak() - before)
     """
     run = python("-c", code, cwd=ROOT, OMP_NUM_THREADS="2")
     assert run.code == 0, run.err
-    assert float(run.out) < 0.15
+    assert float(run.out) < 0.25
