@@ -514,7 +514,7 @@ class Augment:
         order = np.where(u[:, _JITTER, None] < self.jitter, _ORDERS[(u[:, _ORDER] * 24).astype(int)], 4)
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
         changes = [
-            (lambda x, _: _gray(x).expand(-1, 3, -1, -1), u[:, _GRAY] < self.gray),
+            (lambda x, _: _gray(x).repeat(1, 3, 1, 1), u[:, _GRAY] < self.gray),
             (lambda x, numbers: blur(x, numbers[:, 4]), u[:, _BLUR] < self.blur),
             (lambda x, _: torch.minimum(x, 1 - x), u[:, _SOLARIZE] < self.solarize),
         ]

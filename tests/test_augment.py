@@ -267,8 +267,9 @@ def test_recipes():
 # ----------------------------------------------------------------------- a pure function, sample by sample
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(device):
-    recipe = Augment(size=40, solarize=0.2)
+@pytest.mark.parametrize("size", [40, 72])  # on a CPU many at a time, and one by one
+def test_a_sample_does_not_depend_on_its_neighbours(size, device):
+    recipe = Augment(size=size, solarize=0.2)
     x = noise(90, 48, 48, device=device)
     u = recipe.draw(90, generator(11))
     together = recipe.apply(x, u)
