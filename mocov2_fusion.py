@@ -491,31 +491,35 @@ def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, 
     """
     frozen = {name: value.clone() for name, value in net.state_dict().items()}
     (raw, y), (raw_val, y_val) = (features(net, images, args) for images in (data.train, data.val))
-    mean, std = raw.mean(0), raw.std(0) + 1e-6
-    x, ones = (raw - mean) / std, torch.ones(len(raw), 1, device=DEVICE)  # the column of ones makes the bias
-    rates, classes = torch.logspace(-3, 0.5, 8, device=DEVICE), int(y.max()) + 1
-    order = torch.randperm(len(x), generator=generator(args.seed, 3)).to(DEVICE)
-    held, kept = order[: len(x) // 10], order[len(x) // 10 :]
-    batch = min(512, math.ceil(len(kept) / 4))
-    weight = torch.zeros(x.shape[1] + 1, 8 * classes, device=DEVICE)
-    velocity, per_epoch = torch.zeros_like(weight), len(kept) // batch
+    mean, std, classes = raw.mean(0), raw.std(0) + 1e-6, int(y.max()) + 1
+
+    def standardised(raw: Tensor) -> Tensor:
+        x = raw.new_ones(len(raw), raw.shape[1] + 1)  # the last column makes the bias
+        torch.sub(raw, mean, out=x[:, :-1]).div_(std)
+        return x
 
     def logits(x: Tensor) -> Tensor:
-        return (torch.cat([x, ones[: len(x)]], 1) @ weight).view(len(x), 8, classes)
+        return (x @ weight).view(len(x), 8, classes)
 
+    order = torch.randperm(len(raw), generator=generator(args.seed, 3)).to(DEVICE)
+    held, kept = order[: len(raw) // 10], order[len(raw) // 10 :]
+    x, batch = standardised(raw), min(512, math.ceil(len(kept) / 4))
+    weight, per_epoch = torch.zeros(x.shape[1], 8 * classes, device=DEVICE), len(kept) // batch
+    velocity, rates = torch.zeros_like(weight), torch.logspace(-3, 0.5, 8, device=DEVICE)
     for step in range(args.probe_epochs * per_epoch):
         epoch, i = divmod(step, per_epoch)
         if i == 0:
             order = kept[torch.randperm(len(kept), generator=generator(args.seed, 4, epoch)).to(DEVICE)]
-            x = (features(net, data.train, args, epoch + 1)[0] - mean) / std if args.probe_augment else x
+            x = standardised(features(net, data.train, args, epoch + 1)[0]) if args.probe_augment else x
         rows = order[i * batch : (i + 1) * batch]
-        error = logits(x[rows]).softmax(2) - F.one_hot(y[rows], classes)[:, None]  # of cross-entropy
-        velocity.mul_(0.9).addmm_(torch.cat([x[rows], ones[:batch]], 1).T, error.flatten(1), alpha=1 / batch)
-        lr = lr_at(step, args.probe_epochs * per_epoch, 0, 1.0) * rates
-        weight -= lr.repeat_interleave(classes) * velocity
-    best = (logits((raw[held] - mean) / std).argmax(2) == y[held, None]).float().mean(0).argmax()
-    ones = torch.ones(len(raw_val), 1, device=DEVICE)
-    hits = logits((raw_val - mean) / std)[:, best].topk(min(5, classes)).indices == y_val[:, None]
+        some = x.index_select(0, rows)
+        chances = logits(some).softmax(2).clamp_(min=1e-30)  # CPUs are slow with denormal numbers
+        error = chances.sub_(F.one_hot(y[rows], classes)[:, None])  # the gradient of cross-entropy
+        velocity.mul_(0.9).addmm_(some.T, error.flatten(1), alpha=1 / batch)
+        lr = lr_at(step, args.probe_epochs * per_epoch, 0, 1.0)
+        weight.addcmul_(velocity, rates.repeat_interleave(classes), value=-lr)
+    best = (logits(standardised(raw[held])).argmax(2) == y[held, None]).float().mean(0).argmax()
+    hits = logits(standardised(raw_val))[:, best].topk(min(5, classes)).indices == y_val[:, None]
     assert all(torch.equal(frozen[k], v) for k, v in net.state_dict().items()), "the backbone changed"
     top1, top5 = (100 * hits[:, :k].any(1).float().mean().item() for k in (1, 5))
     return {"top1": top1, "top5": top5, "probe_lr": rates[best].item()}, raw, raw_val

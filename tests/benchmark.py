@@ -129,11 +129,13 @@ def measure(
 # ------------------------------------------------------------------------------------- reporting
 
 ROWS: list[dict] = []
+COLUMNS = ("lightly", "torchvision", "kornia")  # the rest is "other code"
 
 
 def heading(name: str, note: str) -> None:
     print(f"\n## {name}\n{note}\n")
-    print("| case | ours | peers | ratio | goal | met |\n|---|---|---|---|---|---|", flush=True)
+    titles = ("case", "here", *COLUMNS, "other code", "ratio", "goal", "met")
+    print("|", " | ".join(titles), "|\n" + "|---" * len(titles) + "|", flush=True)
 
 
 def show(value: float, unit: str) -> str:
@@ -158,9 +160,13 @@ def report(
     met = ours < most if most else ratio >= goal if goal and ratio else None
     met = None if math.isnan(ours) else met  # memory where it cannot be measured
     target = f"under {most:g} {unit}" if most else f"{goal:g}x {against}" if goal else ""
-    others = ", ".join(f"{name} {show(value, unit)}" for name, value in peers.items())
+    cells = dict.fromkeys((*COLUMNS, "other code"), "")
+    for name, value in peers.items():
+        column, _, rest = name.partition(" ")  # as "torchvision v1"
+        column, rest = (column, rest) if column in COLUMNS else ("other code", name)
+        cells[column] += f"{', ' if cells[column] else ''}{rest} {show(value, unit)}"
     verdict = {True: "yes", False: "**no**", None: ""}[met]
-    row = (case, show(ours, unit), others, f"{ratio:.1f}x" if ratio else "", target.strip(), verdict)
+    row = (case, show(ours, unit), *cells.values(), f"{ratio:.1f}x" if ratio else "", target.strip(), verdict)
     print("|", " | ".join(row), "|", flush=True)
     names = ("case", "unit", "ours", "peers", "ratio", "goal", "met")
     ROWS.append(dict(zip(names, (case, unit, ours, peers, ratio, target, met), strict=True)))
