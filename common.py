@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -40,10 +40,8 @@ def generator(*key: int) -> torch.Generator:
     Always on the CPU: the host then knows which samples an operation concerns and never has to ask the
     device, and a run draws the same numbers on every kind of device.
     """
-    state = np.random.SeedSequence((*key, len(key))).generate_state(1, np.uint64)[
-        0
-    ]  # it drops zeros at the end
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    sequence = np.random.SeedSequence((*key, len(key)))  # the length, because it drops zeros at the end
+    return torch.Generator().manual_seed(sequence.generate_state(1, np.uint64).item() >> 1)
 
 
 def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
@@ -175,9 +173,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
         names = ", ".join(["shapes", *ARCHIVES, "imagenet", "imagenet100"])
         raise DataError(f"no folder {folder}: --data takes a folder of images or one of {names}")
     if not (folder / "train").is_dir():
-        files, labels, _ = _list_images(folder)
-        images = OnDisk(folder, files, labels)
-        if labels is None:
+        images, _ = _list_images(folder)
+        if images.labels is None:
             return Data(_hold(images), None, None)
         mixed = np.random.default_rng(0).permutation(len(images))
         tenth = math.ceil(len(images) / 10)
@@ -185,21 +182,19 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
     elif not (folder / "val").is_dir():
         raise DataError(f"{folder} has train/ but no val/: add val/, or pass --data {folder / 'train'}")
     else:
-        files, labels, classes = _list_images(folder / "train")
-        val_files, val_labels, val_classes = _list_images(folder / "val")
+        train, classes = _list_images(folder / "train")
+        val, val_classes = _list_images(folder / "val")
         odd = sorted(set(val_classes) - set(classes))
         if odd or not classes or not val_classes:
             found = f"{odd[:3]} only in val" if odd else f"{len(classes)} and {len(val_classes)} found"
             raise DataError(f"{folder}/train and {folder}/val need class folders, the same in both: {found}")
-        train = OnDisk(folder / "train", files, labels)
-        val_labels = np.array([classes.index(c) for c in val_classes])[val_labels]
-        val = OnDisk(folder / "val", val_files, val_labels)
+        val.labels = np.array([classes.index(c) for c in val_classes])[val.labels]
     train = _hold(train)
     return Data(train, train, _hold(val))
 
 
-def _list_images(folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Files, labels and classes of a folder. Labels exist where all images lie in at least two folders
+def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
+    """The images of a folder and its classes. Labels exist where all images lie in at least two folders
     directly below `folder`, as in ImageFolder; any other arrangement has none."""
     top, files = os.fsencode(folder), []
     endings = tuple(e.encode() for e in datasets.folder.IMG_EXTENSIONS)
@@ -211,12 +206,10 @@ def _list_images(folder: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]
     if not files:
         raise DataError(f"no images in {folder}: looked for {', '.join(datasets.folder.IMG_EXTENSIONS)}")
     files.sort()
-    folders = sorted({file.rpartition(b"/")[0] for file in files})
+    folders, labels = np.unique([file.rpartition(b"/")[0] for file in files], return_inverse=True)
     if len(folders) < 2 or not all(folders) or any(b"/" in name for name in folders):
-        return np.array(files), None, []
-    number = {name: i for i, name in enumerate(folders)}
-    labels = np.fromiter((number[file.rpartition(b"/")[0]] for file in files), np.int64, len(files))
-    return np.array(files), labels, [os.fsdecode(name) for name in folders]
+        return OnDisk(folder, np.array(files)), []
+    return OnDisk(folder, np.array(files), labels), [os.fsdecode(name) for name in folders]
 
 
 def _hold(images: OnDisk) -> Images:
@@ -242,10 +235,9 @@ def _archive(name: str, root: str) -> Data:
 
     def part(**split) -> InMemory:
         data = kind(root, download=True, **split)
-        if name == "stl10":
-            return InMemory(torch.from_numpy(data.data), np.asarray(data.labels, np.int64))
-        pixels = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
-        return InMemory(torch.from_numpy(pixels), np.asarray(data.targets, np.int64))
+        pixels = data.data if name == "stl10" else np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
+        labels = data.labels if name == "stl10" else data.targets
+        return InMemory(torch.from_numpy(pixels), np.asarray(labels, np.int64))
 
     try:
         if name != "stl10":
@@ -254,9 +246,7 @@ def _archive(name: str, root: str) -> Data:
         train, val, more = part(split="train"), part(split="test"), part(split="unlabeled")
         return Data(InMemory(torch.cat([more.pixels, train.pixels])), train, val)
     except (OSError, RuntimeError) as error:
-        place = (
-            f"place {kind.url} as {Path(root, kind.filename)}, its MD5 checksum {kind.tgz_md5} is verified"
-        )
+        place = f"place {kind.url} (MD5 checksum {kind.tgz_md5}) as {Path(root, kind.filename)}"
         raise DataError(f"cannot get {name} ({' '.join(str(error).split())}): {place}") from error
 
 
@@ -325,25 +315,23 @@ class Batches(torch.utils.data.Dataset):
     rank: int = 0
     world: int = 1
     shuffle: bool = True
-    rows: np.ndarray | None = None  # the images to show, if not all
 
     def plan(self, step: int) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """This rank's images at `step`, and for each recipe their rows of uniform numbers."""
-        draws: list[np.ndarray | None] = [None] * len(self.recipes)
-        if self.seed is not None:  # drawn for the whole batch: it is the same for any number of ranks
-            keys = (generator(self.seed, step, view) for view in range(len(draws)))
-            draws = [r.draw(self.batch_size, key) for r, key in zip(self.recipes, keys, strict=True)]
-        count = len(self.images) if self.rows is None else len(self.rows)
+        count = self.batch_size
         if self.shuffle and self.seed is not None:
-            epoch, step_in_epoch = divmod(step, count // self.batch_size)
-            share, order = self.batch_size // self.world, _epoch_order(count, self.seed, epoch)
-            mine = slice(self.rank * share, (self.rank + 1) * share)
-            shown = order[step_in_epoch * self.batch_size :][mine]
+            epoch, place = divmod(step, len(self.images) // count)
+            order = _epoch_order(len(self.images), self.seed, epoch)
         else:
-            shown = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, count))
-            mine = slice(len(shown))
-        draws = [None if draw is None else draw[mine] for draw in draws]
-        return shown if self.rows is None else self.rows[shown], draws
+            place, order = step, np.arange(len(self.images))
+        rows = order[place * count :][:count]
+        share = len(rows) // self.world
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        if self.seed is None:
+            return rows[mine], [None] * len(self.recipes)
+        # Drawn for the whole batch: it is the same for any number of ranks.
+        keys = (generator(self.seed, step, view) for view in range(len(self.recipes)))
+        return rows[mine], [r.draw(count, key)[mine] for r, key in zip(self.recipes, keys, strict=True)]
 
     def __getitem__(self, step: int) -> tuple[Tensor, np.ndarray, list[int]]:
         """Worker's part for images on disk: decodes each file once, crops all its views, as uint8."""
@@ -357,10 +345,8 @@ class Batches(torch.utils.data.Dataset):
             height, width = np.array([image.shape[1:] for image in images]).T
             for recipe, draw, out in zip(self.recipes, draws, crops[:, part], strict=True):
                 boxes, flips = recipe.boxes(None if draw is None else draw[part], height, width)
-                for image, (top, left, h, w), flip, crop in zip(
-                    images, boxes.tolist(), flips, out, strict=True
-                ):
-                    view = image.permute(1, 2, 0)[None, top : top + h, left : left + w].permute(0, 3, 1, 2)
+                for x, (top, left, h, w), flip, crop in zip(images, boxes.tolist(), flips, out, strict=True):
+                    view = x.permute(1, 2, 0)[None, top : top + h, left : left + w].permute(0, 3, 1, 2)
                     view = F.interpolate(view, (size, size), mode="bilinear", antialias=True)
                     view = view[0].permute(1, 2, 0)  # as decoders and resizing have it: colours innermost
                     crop.copy_(view.flip(1) if flip else view)
@@ -624,10 +610,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
 SIMCLR = Augment()
 MOCO_V2 = Augment(scale=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-BYOL_VIEWS = (
-    Augment(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0),
-    Augment(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=0.1, solarize=0.2),
-)  # also those of Barlow Twins
+_BYOL = Augment(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, blur=1.0)
+BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Barlow Twins
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -665,17 +649,13 @@ def gather(x: Tensor) -> Tensor:
     return x if _ranks()[1] == 1 else _Gather.apply(x)
 
 
-def _matrices(*tensors: Tensor) -> list[Tensor]:
+def _checked(*tensors: Tensor, temperature: float = 1.0) -> list[Tensor]:
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be greater than 0, got {temperature}")
     shape = tensors[0].shape
     if len(shape) != 2 or 0 in shape or any(t.shape != shape for t in tensors):
         raise ValueError(f"expected matrices (N, D) of one shape, got {[tuple(t.shape) for t in tensors]}")
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
-
-
-def _positive(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be greater than 0, got {temperature}")
-    return temperature
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
@@ -798,8 +778,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     Similarities are cosines / temperature, a row's own excluded (SimCLR, arXiv 2002.05709, eq. 1). Without
     information: log(2B - 1), B counted over all ranks. Raises ValueError for other shapes.
     """
-    z1, z2 = _matrices(z1, z2)
-    x = F.normalize(torch.cat([z1, z2]), dim=1) / _positive(temperature) ** 0.5
+    x = torch.cat(_checked(z1, z2, temperature=temperature))
+    x = F.normalize(x, dim=1) / temperature**0.5
     return _pairs(x, gather(x), _ranks()[0] * len(x), len(z1), temperature)
 
 
@@ -809,10 +789,10 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
     q, k (B, D): queries and their keys, normalised here; queue (K, D): earlier keys, already normalised, they
     take no gradient (arXiv 1911.05722, eq. 1). Without information: log(K + 1).
     """
-    q, k = _matrices(q, k)
+    q, k = _checked(q, k, temperature=temperature)
     if queue.ndim != 2 or queue.shape[1] != q.shape[1]:
         raise ValueError(f"the queue must be (K, {q.shape[1]}), got {tuple(queue.shape)}")
-    q = F.normalize(q, dim=1) / _positive(temperature)
+    q = F.normalize(q, dim=1) / temperature
     return _Contrast.apply(q, queue.detach().to(q.dtype), (q * F.normalize(k, dim=1)).sum(1), None) / len(q)
 
 
@@ -821,7 +801,7 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
 
     From 0 to 4; without information 2 (BYOL, arXiv 2006.07733, eq. 2). z takes gradient unless detached.
     """
-    p, z = _matrices(p, z)
+    p, z = _checked(p, z)
     return 2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
 
 
@@ -831,7 +811,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> T
     C (D, D): cross-correlation of z1, z2 (N, D) over the batch of all ranks. For N < D it is not formed: its
     squared norm is the product of the N x N Gram matrices of both sides. Without information: about D.
     """
-    a, b = (gather(z) for z in _matrices(z1, z2))
+    a, b = (gather(z) for z in _checked(z1, z2))
     n, width = a.shape
     with _no_autocast(a):
         a, b = (F.batch_norm(z, None, None, training=True) for z in (a, b))
@@ -850,9 +830,9 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     (DimCL, arXiv 2309.11782; the scale of its batch norm cancels). Without information: log(2D - 1). The
     ranks take equal shares of the 2D rows.
     """
-    z = gather(torch.cat(_matrices(z1, z2), 1))
+    z = gather(torch.cat(_checked(z1, z2, temperature=temperature), 1))
     z = z - z.mean(0)
-    y = (z * torch.rsqrt(_positive(temperature) * z.square().sum(0) + 1e-12)).T
+    y = (z * torch.rsqrt(temperature * z.square().sum(0) + 1e-12)).T
     rank, world = _ranks()
     first, last = (r * len(y) // world for r in (rank, rank + 1))
     return _pairs(y[first:last], y, first, z1.shape[1], temperature) * ((last - first) * world / len(y))

@@ -30,7 +30,6 @@ random batches differ little.
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -39,16 +38,16 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NoReturn, get_args, get_origin
+from typing import Literal, NoReturn, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
+from torchvision import models, ops
 from torchvision.utils import save_image
 
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
@@ -182,7 +181,7 @@ def param_groups(model: nn.Module, args: Args, peak: float) -> list[dict]:
     ]
 
 
-def check(args: Args, given: set[str], images: int) -> None:
+def check(args: Args, given: dict, images: int) -> None:
     """Refuses what this method cannot do."""
     if args.curation_start > 1:
         refuse(f"--curation-start {args.curation_start} is greater than 1")
@@ -202,14 +201,13 @@ def refuse(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def parse() -> tuple[Args, set[str]]:
-    """The command line, made from the fields of Args, and the names of those that the user gave."""
+def parse() -> tuple[Args, dict]:
+    """The command line, made from the fields of Args, and those fields that the user gave."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
     for f in fields(Args):
-        kinds = (f.type,) if get_origin(f.type) is Literal else get_args(f.type) or (f.type,)
-        kind = kinds[0]  # of `int | None`: int
+        kind = get_args(f.type | None)[0]  # of `int` and `int | None`: int
         options = {"choices": get_args(kind)} if get_args(kind) else {"type": kind}
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
         text = f"{f.metadata['help']} (default: {'by data set' if f.default is None else f.default})"
@@ -218,18 +216,16 @@ def parse() -> tuple[Args, set[str]]:
     for f in fields(Args):
         value, zero = given.get(f.name), f.metadata["zero"]
         if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
-            bound = "at least" if zero else "greater than"
-            refuse(f"--{f.name.replace('_', '-')} {value}: must be a number {bound} 0")
-    return Args(**given), set(given)
+            refuse(f"--{f.name.replace('_', '-')} {value}: must be a number {'>=' if zero else '>'} 0")
+    return Args(**given), given
 
 
-def settle(args: Args, given: set[str], data: Data) -> str:
+def settle(args: Args, given: dict, data: Data) -> str:
     """Fills in what the user left open, from the preset and the data. Returns a remark for the log."""
     side, images = max(max(size) for size in data.pretrain.sizes), len(data.pretrain)
     by_size = "cifar" if side <= 64 else "stl10" if side <= 128 else "imagenet100"
     preset = args.data if args.data in PRESETS else by_size
-    for name in PRESETS[preset].keys() - given:
-        setattr(args, name, PRESETS[preset][name])
+    vars(args).update(PRESETS[preset] | given)
     remark = f"{images} images of up to {side} px: preset {preset}"
     args.image_size = args.image_size or max(8, side)
     if "batch_size" not in given:
@@ -238,7 +234,7 @@ def settle(args: Args, given: set[str], data: Data) -> str:
         args.batch_size = max(2, args.batch_size // WORLD) * WORLD
         remark += f", batch size {args.batch_size} (preset: {PRESETS[preset]['batch_size']})"
     if args.batch_size % WORLD or not 2 * WORLD <= args.batch_size <= images:
-        fits = f"a multiple of {WORLD} (ranks), from {2 * WORLD} to the {images} images of {args.data}"
+        fits = f"a multiple of the {WORLD} ranks, from {2 * WORLD} to the {images} images of {args.data}"
         refuse(f"--batch-size {args.batch_size}: must be {fits}")
     if "warmup_epochs" not in given:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
@@ -263,14 +259,12 @@ def build_backbone(args: Args) -> tuple[nn.Module, int]:
     Stems of a ResNet: imagenet (7x7 stride 2, max-pool), small (3x3 stride 1), strided (3x3 stride 2).
     """
     torch.manual_seed(args.seed)
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = models.list_models(module=models)
     if args.arch not in ["resnet10", *known]:
         refuse(f"--arch {args.arch} is unknown: resnet10 or one of {', '.join(known)}")
-    if args.arch == "resnet10":
-        net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-    else:
-        net = torchvision.models.get_model(args.arch, weights=None)
-    if isinstance(net, torchvision.models.ResNet) and args.stem != "imagenet":
+    resnet10 = partial(models.ResNet, models.resnet.BasicBlock, [1, 1, 1, 1])
+    net = resnet10() if args.arch == "resnet10" else models.get_model(args.arch, weights=None)
+    if isinstance(net, models.ResNet) and args.stem != "imagenet":
         net.conv1 = nn.Conv2d(3, 64, 3, stride=2 if args.stem == "strided" else 1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
@@ -285,7 +279,7 @@ def build_backbone(args: Args) -> tuple[nn.Module, int]:
 
 def mlp(width: int, layers: str, norm: type[nn.Module] | None = nn.BatchNorm1d) -> nn.Sequential:
     """Linear layers of the widths in `layers`, as 2048-128, with the norm and ReLU between them."""
-    return torchvision.ops.MLP(width, [int(out) for out in layers.split("-")], norm_layer=norm)
+    return ops.MLP(width, [int(out) for out in layers.split("-")], norm_layer=norm)
 
 
 class LARS(torch.optim.Optimizer):
@@ -295,9 +289,8 @@ class LARS(torch.optim.Optimizer):
     learning rates do not carry over between them.
     """
 
-    def __init__(self, params: list[dict], lr: float, momentum: float = 0.9, trust: float = 0.001):
-        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapt": True}
-        super().__init__(params, defaults)
+    def __init__(self, params: list[dict], lr: float):
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "adapt": True})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -308,13 +301,13 @@ class LARS(torch.optim.Optimizer):
             grads = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
             if group["adapt"]:
                 norms = zip(torch._foreach_norm(weights), torch._foreach_norm(grads), strict=True)
-                ratios = [torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0) for w, g in norms]
+                ratios = [torch.where((w > 0) & (g > 0), 0.001 * w / g, 1.0) for w, g in norms]
                 torch._foreach_mul_(grads, ratios)
             for p in weights:
                 if not self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)
             velocity = [self.state[p]["velocity"] for p in weights]
-            torch._foreach_mul_(velocity, group["momentum"])
+            torch._foreach_mul_(velocity, 0.9)
             torch._foreach_add_(velocity, grads)
             torch._foreach_add_(weights, velocity, alpha=-group["lr"])
 
@@ -328,11 +321,10 @@ def lr_at(step: int, steps: int, warmup: int, peak: float) -> float:
 
 def any_rank(sign: bool) -> bool:
     """Whether the sign stands on any rank; waits for all. On the CPU: the GPU need not catch up."""
-    if WORLD == 1:
-        return sign
-    tensor = torch.tensor(int(sign))
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return bool(tensor)
+    signs = torch.tensor(int(sign))
+    if WORLD > 1:
+        dist.all_reduce(signs, dist.ReduceOp.MAX)
+    return bool(signs)
 
 
 class Log:
@@ -461,9 +453,8 @@ def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, 
 
 
 def thumbnails(images: Images, rows: np.ndarray, args: Args) -> Tensor:
-    recipe = recipes(args)[0]
-    stream = Batches(images, [recipe], len(rows), rows=rows).stream([0], DEVICE)
-    return recipe.restore(next(stream)[1][0]).cpu()
+    stream = Batches(images, recipes(args)[:1], 1).stream(rows.tolist(), DEVICE)
+    return recipes(args)[0].restore(torch.cat([view for _, (view,) in stream])).cpu()
 
 
 def save_views(path: Path, originals: Tensor, model: nn.Module, views: list[Tensor], args: Args) -> None:
@@ -507,9 +498,8 @@ def main() -> None:
         torch.cuda.set_device(DEVICE) if cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if args.eval and (own := Path(args.eval).with_name("args.json")).exists():
-        for name in {"arch", "stem", "image_size"} - given:  # the network's own
-            setattr(args, name, json.loads(own.read_text())[name])
-            given.add(name)
+        saved = json.loads(own.read_text())
+        given = {name: saved[name] for name in ("arch", "stem", "image_size")} | given  # the network's own
     for turn in (True, False):  # rank 0 first: it downloads
         if turn == (RANK == 0):
             data = load_data(args.data, args.root)
@@ -520,8 +510,7 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
     log = Log(run, args.tensorboard)
     backbone, width = build_backbone(args)
-    untrained = copy.deepcopy(backbone)
-    top1_untrained = cache(lambda: linear_probe(untrained, data, args)[0]["top1"])
+    top1_untrained = cache(lambda: linear_probe(build_backbone(args)[0], data, args)[0]["top1"])
 
     def evaluate(step: int) -> None:
         for buffer in backbone.buffers() if WORLD > 1 else ():
@@ -533,17 +522,15 @@ def main() -> None:
         else:
             (result, x, x_asked), images, asked = linear_probe(backbone, data, args), data.train, data.val
             log.record("probe", step, **result, top1_untrained=top1_untrained())
-            log.say(
-                f"linear probe, step {step}, {len(asked)} val images: top-1 {result['top1']:.2f} %, top-5 "
-                f"{result['top5']:.2f} %; untrained network: top-1 {top1_untrained():.2f} %"
-            )
+            shown = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+            shown += f"; untrained network: top-1 {top1_untrained():.2f} %"
+            log.say(f"linear probe, step {step}, {len(asked)} val images: {shown}")
         if RANK == 0:
             save_neighbours(run / "neighbours.png", asked, x_asked, images, x, args)
 
     if args.eval:
         try:
-            weights = torch.load(args.eval, map_location="cpu", weights_only=True)
-            backbone.load_state_dict(weights, strict=True)
+            backbone.load_state_dict(torch.load(args.eval, map_location="cpu", weights_only=True))
         except Exception as error:  # no file, no weights, weights of another network
             refuse(f"--eval {args.eval} does not hold a {args.arch} with stem {args.stem}: {error}")
         return evaluate(0)
@@ -558,11 +545,9 @@ def main() -> None:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
         net = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     groups = [group for group in param_groups(model, args, peak) if group["params"]]
-    optimizer = {
-        "lars": lambda: LARS(groups, peak),
-        "sgd": lambda: torch.optim.SGD(groups, peak, momentum=0.9, fused=True),
-        "adamw": lambda: torch.optim.AdamW(groups, peak, fused=True),
-    }[args.optimizer]()
+    kinds = {"lars": LARS, "sgd": partial(torch.optim.SGD, momentum=0.9, fused=True)}
+    kinds |= {"adamw": partial(torch.optim.AdamW, fused=True)}
+    optimizer = kinds[args.optimizer](groups, peak)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
 
     settings, path, start = asdict(args), run / "checkpoint.pt", 0
@@ -584,8 +569,7 @@ def main() -> None:
     log.say(f"view 1: {view1}\nview 2: {'the same' if view1 == view2 else view2}")
     log.say(f"{args.arch}, stem {args.stem}, {width} features, {args.precision} on {DEVICE}")
     for g in groups:
-        count = sum(p.numel() for p in g["params"])
-        log.say(f"{count:,} {g['name']}: learning rate {g['peak']:.3g} at its peak")
+        log.say(f"{sum(map(torch.numel, g['params'])):,} {g['name']}: peak learning rate {g['peak']:.3g}")
     log.say(f"{WORLD} x {share} images a step, {steps} steps, chance loss {chance_loss(args):.3f}, in {run}")
     log.say(f"continuing after step {start}" if start else "starting")
     log.record("args", start, **settings, ranks=WORLD, device=str(DEVICE))
@@ -645,9 +629,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
-        refuse(str(error))
-    except OSError as error:
-        refuse(str(error), 1)
+    except (DataError, OSError) as error:
+        refuse(str(error), 2 if isinstance(error, DataError) else 1)
     if WORLD > 1:
         dist.destroy_process_group()
