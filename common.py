@@ -10,6 +10,7 @@ order to continue a run, and neither the number of workers nor that of ranks cha
 
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,6 +81,12 @@ class InMemory:
         return [tuple(self.pixels.shape[2:])]
 
 
+def _ignore_signals(_: int) -> None:
+    # torchrun passes a SIGTERM on to all processes; the trainer, not its workers, decides what follows.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class OnDisk:
     """Image files below `folder`, decoded anew each time they are shown.
 
@@ -117,15 +124,21 @@ class OnDisk:
         for i in range(index, index + 100):
             path = self.path(i % len(self))
             try:
+                with open(path, "rb") as file:
+                    head = file.read(25)
+                # A damaged PNG crashes torchvision: Pillow reads those of 8 bits (it would clip 16 to white),
+                # and also formats that torchvision does not know (BMP, TIFF).
                 try:
+                    if head.startswith(b"\x89PNG") and head[24:] != b"\x10":
+                        raise RuntimeError
                     pixels = decode_image(path, mode=ImageReadMode.RGB)
-                except RuntimeError:  # a format that torchvision has no decoder for (BMP, TIFF): ask Pillow
+                except RuntimeError:
                     pixels = pil_to_tensor(datasets.folder.default_loader(path))
                 pixels = pixels if pixels.ndim == 3 else pixels[0]  # an animation's first image
-                if pixels.dtype == torch.uint16:  # 16-bit PNG, which Pillow would clip to white
+                if pixels.dtype == torch.uint16:
                     pixels = (pixels.int() >> 8).byte()
                 return i % len(self), pixels, failed
-            except (OSError, ValueError, RuntimeError, SyntaxError):  # Pillow's words for a broken file
+            except Exception:  # decoders have many words for a broken file
                 failed.append(i % len(self))
         raise DataError(f"{self.path(index)} and the 99 files after it cannot be read as images")
 
@@ -367,9 +380,12 @@ class Batches(torch.utils.data.Dataset):
                 index, views = _to(rows, device), zip(self.recipes, draws, strict=True)
                 yield rows, [recipe.apply(self.images.pixels, u, index) for recipe, u in views]
             return
-        loader = torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=device.type == "cuda"
-        )
+        options = {
+            "num_workers": workers,
+            "worker_init_fn": _ignore_signals,
+            "pin_memory": device.type == "cuda",
+        }
+        loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, **options)
         for step, (crops, used, failed) in zip(steps, loader, strict=True):
             self.images.note_broken(failed)
             views = zip(self.recipes, crops.to(device, non_blocking=True), self.plan(step)[1], strict=True)

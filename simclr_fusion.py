@@ -232,7 +232,8 @@ def parse() -> tuple[Args, dict]:
     given = vars(parser.parse_args())
     for f in fields(Args):
         value, zero = given.get(f.name), f.metadata["zero"]
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
+        limit = {int: 2**63, float: math.inf}.get(type(value))
+        if limit and not (0 < value < limit or value == 0 and zero):
             refuse(f"--{f.name.replace('_', '-')} {value}: must be a number {'>=' if zero else '>'} 0")
     return Args(**given), given
 
@@ -257,12 +258,14 @@ def settle(args: Args, given: dict, data: Data) -> str:
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
-    if not all(width.isdigit() and int(width) for width in args.projector.split("-")):
+    if not all(width.isdecimal() and int(width) for width in args.projector.split("-")):
         refuse(f"--projector {args.projector}: give the widths of its layers, as 2048-128")
     args.stem = args.stem or ("small" if args.image_size <= 64 else "imagenet")
     if args.precision is None:
         cuda, cpu = DEVICE.type == "cuda", torch.cpu.get_capabilities()
         bf16 = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("bf16")
+        # On CPUs the bf16 gradient of a strided convolution of a single pixel is random (oneDNN).
+        bf16 = bf16 and (cuda or args.image_size >= 32)
         args.precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
     if args.workers is None:
         args.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -280,7 +283,8 @@ def build_backbone(args: Args) -> tuple[nn.Module, int]:
     if args.arch not in ["resnet10", *known]:
         refuse(f"--arch {args.arch} is unknown: resnet10 or one of {', '.join(known)}")
     resnet10 = partial(models.ResNet, models.resnet.BasicBlock, [1, 1, 1, 1])
-    net = resnet10() if args.arch == "resnet10" else models.get_model(args.arch, weights=None)
+    plain = {"aux_logits": False} if args.arch in ("googlenet", "inception_v3") else {}
+    net = resnet10() if args.arch == "resnet10" else models.get_model(args.arch, weights=None, **plain)
     if isinstance(net, models.ResNet) and args.stem != "imagenet":
         net.conv1 = nn.Conv2d(3, 64, 3, stride=2 if args.stem == "strided" else 1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -446,7 +450,7 @@ def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, 
         return (x @ weight).view(len(x), 8, classes)
 
     order = torch.randperm(len(raw), generator=generator(args.seed, 3)).to(DEVICE)
-    held, kept = order[: len(raw) // 10], order[len(raw) // 10 :]
+    held, kept = order[: max(1, len(raw) // 10)], order[max(1, len(raw) // 10) :]
     x, batch = standardised(raw), min(512, math.ceil(len(kept) / 4))
     weight, per_epoch = torch.zeros(x.shape[1], 8 * classes, device=DEVICE), len(kept) // batch
     velocity, rates = torch.zeros_like(weight), torch.logspace(-3, 0.5, 8, device=DEVICE)
@@ -514,13 +518,19 @@ def main() -> None:
     if WORLD > 1:  # CPU tensors, as the stop sign, travel by gloo; the time is for rank 0's download
         torch.cuda.set_device(DEVICE) if cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    if args.eval and (own := Path(args.eval).with_name("args.json")).exists():
+    if args.eval and (own := Path(args.eval).parent / "args.json").exists():
         saved = json.loads(own.read_text())
-        given = {name: saved[name] for name in ("arch", "stem", "image_size")} | given  # the network's own
+        given = {
+            name: saved[name] for name in ("arch", "stem", "image_size") if name in saved
+        } | given  # the network's own
+    data, failure = None, f"--data {args.data} cannot be loaded on every rank"
     for turn in (True, False):  # rank 0 first: it downloads
-        if turn == (RANK == 0):
-            data = load_data(args.data, args.root)
-        any_rank(False)
+        try:
+            data = load_data(args.data, args.root) if turn == (RANK == 0) else data
+        except DataError as error:
+            failure = str(error)
+        if any_rank(data is None and turn == (RANK == 0)):
+            refuse(failure)
     remark = settle(args, given, data)
     name = f"{Path(__file__).stem}_{Path(args.data).resolve().name}_{args.seed}{'_eval' if args.eval else ''}"
     run = Path(args.run_dir or f"runs/{name}")
@@ -580,6 +590,10 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         start = saved["step"]
+    first_rank = torch.tensor(start)
+    dist.broadcast(first_rank, 0) if WORLD > 1 else None
+    if any_rank(start != first_rank.item()):
+        refuse(f"{path} is not the same for all ranks: --run-dir must be a folder that the machines share")
     view1, view2 = recipes(args)
     log.say(f"{remark}, {type(data.pretrain).__name__}")
     log.say(" ".join(f"{name}={value}" for name, value in settings.items()))
@@ -613,8 +627,10 @@ def main() -> None:
         done, stopping = step + 1, any_rank(bool(stop))
         ends, logs = done % per_epoch == 0, done % args.log_every == 0 or done == steps
         saves = ends or stopping or (args.save_every and done % args.save_every == 0)
-        if (saves or logs) and any_rank(not math.isfinite(sums["loss"])):
-            refuse(f"loss not finite at step {done}, not saved: lower --lr or use --precision fp32", 1)
+        if saves or logs:
+            size = sum(torch._foreach_norm([p.detach() for p in model.parameters()])) + sums["loss"]
+            if any_rank(not math.isfinite(size)):
+                refuse(f"loss or weights not finite at step {done}, not saved: lower --lr or use fp32", 1)
         if logs:
             means = torch.stack(list(sums.values())) / (done - first) / WORLD
             if WORLD > 1:
@@ -636,7 +652,9 @@ def main() -> None:
         if stopping:
             return log.say(f"stopped by a signal after step {done}; the same command continues there")
         if args.probe_every and done < steps and done % (args.probe_every * per_epoch) == 0:
+            begin = time.perf_counter()
             evaluate(done)
+            since += time.perf_counter() - begin
     if RANK == 0:
         save_atomically(backbone.state_dict(), run / "backbone.pt")
     return evaluate(steps)
@@ -646,6 +664,6 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, OSError) as error:
-        refuse(str(error), 2 if isinstance(error, DataError) else 1)
+        refuse(str(error), 2 if isinstance(error, DataError) and WORLD == 1 else 1)
     if WORLD > 1:
         dist.destroy_process_group()

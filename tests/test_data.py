@@ -279,6 +279,18 @@ def test_an_unreadable_file_is_named_once_and_replaced(tmp_path, capsys, kind):
     assert err.count("class_0/5.jpg") == 1 and err.count("\n") == 1
 
 
+def test_a_damaged_png_is_no_crash(tmp_path):
+    """torchvision's decoder ends the process at a PNG with a wrong byte."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    for i in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    whole = bytearray((tmp_path / "0.png").read_bytes())
+    whole[len(whole) // 2] ^= 255
+    (tmp_path / "0.png").write_bytes(whole)
+    used, read, failed = OnDisk(tmp_path, np.array([b"0.png", b"1.png"])).read(0)
+    assert (used, failed) == (1, [0]) and read.permute(1, 2, 0).equal(torch.from_numpy(pixels))
+
+
 def test_an_unreadable_file_among_images_in_memory(tmp_path, capsys):
     write_images(tmp_path, 2, 64)
     spoil(tmp_path / "class_0" / "9.jpg")

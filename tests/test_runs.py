@@ -147,6 +147,20 @@ def test_killed_and_continued_is_bit_identical(images, tmp_path):
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
+def test_stopped_with_its_workers(mixed, tmp_path):
+    """SIGTERM to all processes at once, as torchrun passes it on: the workers leave it to the trainer."""
+    words = [ROOT / "simclr_fusion.py", *flags("simclr_fusion"), "--data", mixed, "--run-dir", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words), "--workers", "1", "--epochs", "100"],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    when_at(process, 2)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by a signal after step" in out, err
+
+
 def test_stopped_on_two_ranks(images, tmp_path):
     """SIGTERM to one rank: all agree on a step, save and leave."""
     process = start("simclr_fusion", images, tmp_path / "run", "--epochs", "100", launcher=TORCHRUN)

@@ -277,6 +277,15 @@ def test_queue_holds_the_latest_keys(device):
     assert run.model.queue.norm(dim=1).sub(1).abs().max() < 1e-4
 
 
+def test_default_queue_of_a_large_batch():
+    """The preset's queue, 1024, is smaller than the batch."""
+    script = importlib.import_module("mocov2_fusion")
+    with command_line("mocov2_fusion", "--batch-size", "2048"):
+        args, given = script.parse()
+    script.settle(args, given, common.load_data("shapes"))
+    assert args.queue_size == args.batch_size == 2048
+
+
 VARIANTS = {  # the plain methods, and what else changes the step
     "simclr_fusion": ["", "--fusion-layers 0", "--no-fusion-shuffle"],
     "mocov2_fusion": ["", "--fusion-layers 0", "--no-fusion-shuffle"],
