@@ -124,13 +124,13 @@ class OnDisk:
         for i in range(index, index + 100):
             path = self.path(i % len(self))
             try:
-                with open(path, "rb") as file:
-                    head = file.read(25)
                 # A damaged PNG crashes torchvision: Pillow reads those of 8 bits (it would clip 16 to white),
                 # and also formats that torchvision does not know (BMP, TIFF).
                 try:
-                    if head.startswith(b"\x89PNG") and head[24:] != b"\x10":
-                        raise RuntimeError
+                    if path.lower().endswith(".png"):
+                        with open(path, "rb") as file:
+                            if file.read(25)[24:] != b"\x10":
+                                raise RuntimeError
                     pixels = decode_image(path, mode=ImageReadMode.RGB)
                 except RuntimeError:
                     pixels = pil_to_tensor(datasets.folder.default_loader(path))
