@@ -244,9 +244,11 @@ def build_backbone(args: Args) -> tuple[nn.Module, int]:
     known = models.list_models(module=models)
     if args.arch not in ["resnet10", *known]:
         refuse(f"--arch {args.arch} is unknown: resnet10 or one of {', '.join(known)}")
-    resnet10 = partial(models.ResNet, models.resnet.BasicBlock, [1, 1, 1, 1])
-    plain = {"aux_logits": False} if args.arch in ("googlenet", "inception_v3") else {}
-    net = resnet10() if args.arch == "resnet10" else models.get_model(args.arch, weights=None, **plain)
+    if args.arch == "resnet10":
+        net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+    else:  # these two would return their auxiliary heads as well
+        plain = {"aux_logits": False} if args.arch in ("googlenet", "inception_v3") else {}
+        net = models.get_model(args.arch, weights=None, **plain)
     if isinstance(net, models.ResNet) and args.stem != "imagenet":
         net.conv1 = nn.Conv2d(3, 64, 3, stride=2 if args.stem == "strided" else 1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -481,10 +483,8 @@ def main() -> None:
         torch.cuda.set_device(DEVICE) if cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if args.eval and (own := Path(args.eval).parent / "args.json").exists():
-        saved = json.loads(own.read_text())
-        given = {
-            name: saved[name] for name in ("arch", "stem", "image_size") if name in saved
-        } | given  # the network's own
+        known = json.loads(own.read_text())  # the settings that the network was made with
+        given = {name: known[name] for name in ("arch", "stem", "image_size") if name in known} | given
     data, failure = None, f"--data {args.data} cannot be loaded on every rank"
     for turn in (True, False):  # rank 0 first: it downloads
         try:

@@ -81,6 +81,20 @@ class InMemory:
         return [tuple(self.pixels.shape[2:])]
 
 
+def _decode(path: str) -> Tensor:
+    """(3, H, W) uint8; whatever it raises says that the file is no image."""
+    if path.lower().endswith(".png"):  # a damaged one crashes torchvision; Pillow would clip 16 bits to white
+        with open(path, "rb") as file:
+            if file.read(25)[24:] != b"\x10":
+                return pil_to_tensor(datasets.folder.default_loader(path))
+    try:
+        pixels = decode_image(path, mode=ImageReadMode.RGB)
+    except RuntimeError:  # a format that torchvision has no decoder for (BMP, TIFF)
+        pixels = pil_to_tensor(datasets.folder.default_loader(path))
+    pixels = pixels if pixels.ndim == 3 else pixels[0]  # an animation's first image
+    return (pixels.int() >> 8).byte() if pixels.dtype == torch.uint16 else pixels
+
+
 def _ignore_signals(_: int) -> None:
     # torchrun passes a SIGTERM on to all processes; the trainer, not its workers, decides what follows.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -124,20 +138,7 @@ class OnDisk:
         for i in range(index, index + 100):
             path = self.path(i % len(self))
             try:
-                # A damaged PNG crashes torchvision: Pillow reads those of 8 bits (it would clip 16 to white),
-                # and also formats that torchvision does not know (BMP, TIFF).
-                try:
-                    if path.lower().endswith(".png"):
-                        with open(path, "rb") as file:
-                            if file.read(25)[24:] != b"\x10":
-                                raise RuntimeError
-                    pixels = decode_image(path, mode=ImageReadMode.RGB)
-                except RuntimeError:
-                    pixels = pil_to_tensor(datasets.folder.default_loader(path))
-                pixels = pixels if pixels.ndim == 3 else pixels[0]  # an animation's first image
-                if pixels.dtype == torch.uint16:
-                    pixels = (pixels.int() >> 8).byte()
-                return i % len(self), pixels, failed
+                return i % len(self), _decode(path), failed
             except Exception:  # decoders have many words for a broken file
                 failed.append(i % len(self))
         raise DataError(f"{self.path(index)} and the 99 files after it cannot be read as images")

@@ -331,6 +331,24 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(kind, runs, mixed, ima
     assert before == (checkpoint.read_bytes(), (copied / "backbone.pt").read_bytes())
 
 
+def test_weights_that_end_as_nan_are_not_saved(images, tmp_path, capfd, monkeypatch):
+    """The loss of the last step, the eighth, is still finite."""
+    step, calls = torch.optim.SGD.step, []
+
+    def spoiling(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        calls.append(len(calls) + 1)
+        if len(calls) == 8:
+            self.param_groups[0]["params"][0].data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spoiling)
+    words = [*flags("simclr_fusion"), "--data", str(images), "--run-dir", str(tmp_path)]
+    done = inside(capfd, "simclr_fusion", *words)
+    assert done.code == 1 and done.err.count("\n") == 1 and "weights not finite at step 8" in done.err
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert not (tmp_path / "backbone.pt").exists()
+
+
 def test_non_finite_loss_stops(images, tmp_path, capfd):
     words = [
         *flags("simclr_fusion"),

@@ -558,6 +558,14 @@ def test_stems_and_widths(machine):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_left_out(machine, arch):
+    """With them a network in training returns a tuple."""
+    args, _ = settled(machine, f"--arch {arch} --image-size 80 --stem imagenet")
+    net, width = machine.build_backbone(args)
+    assert net(torch.zeros(2, 3, 80, 80)).shape == (2, width)
+
+
 # ------------------------------------------------------------------------------------------ collapse
 
 
