@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import pairwise, permutations
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -352,8 +352,8 @@ class Batches(torch.utils.data.Dataset):
         rows, draws = self.plan(step)
         used, failed, size = rows.copy(), [], self.recipes[0].size
         crops = torch.empty(len(self.recipes), len(rows), size, size, 3, dtype=torch.uint8)
-        for first in range(0, len(rows), 4):  # few, because decoded images are large
-            part = slice(first, min(first + 4, len(rows)))
+        for first in range(0, len(rows), 8):  # few, because decoded images are large
+            part = slice(first, min(first + 8, len(rows)))
             used[part], images, bad = zip(*(self.images.read(int(row)) for row in rows[part]), strict=True)
             failed += sum(bad, [])
             height, width = np.array([image.shape[1:] for image in images]).T
@@ -526,7 +526,8 @@ class Augment:
 
 def _select(x: Tensor, rows: np.ndarray) -> Tensor:
     """x[rows], without a copy where these are all rows in their order."""
-    return x if np.array_equal(rows, np.arange(len(x))) else x.index_select(0, _to(rows, x.device))
+    same = len(rows) == len(x) == 1 or np.array_equal(rows, np.arange(len(x)))
+    return x if same else x.index_select(0, _to(rows, x.device))
 
 
 def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, inside: int, out: int) -> Tensor:
@@ -555,14 +556,14 @@ def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, numbers: Tensor) -> 
 
     Returns the samples, changed in place, and the rows that they are.
     """
-    parts = (_brightness, _contrast, _saturation, _hue)
+    numbers = _select(numbers, rows)
     for turn in range(4):
         moved = np.argsort(order[rows, turn], kind="stable")
-        x, rows = _select(x, moved), rows[moved]
-        factors, ends = _select(numbers, rows), np.searchsorted(order[rows, turn], range(5))
-        for i, (first, end) in enumerate(pairwise(ends)):
-            if first < end:
-                parts[i](x[first:end], factors[first:end, i, None])
+        x, numbers, rows = _select(x, moved), _select(numbers, moved), rows[moved]
+        ends = np.searchsorted(order[rows, turn], np.arange(5))
+        for i, part in enumerate((_brightness, _contrast, _saturation, _hue)):
+            if ends[i] < ends[i + 1]:
+                part(x[ends[i] : ends[i + 1]], numbers[ends[i] : ends[i + 1], i, None])
     return x, rows
 
 
