@@ -733,22 +733,24 @@ class _Contrast(torch.autograd.Function):
 
 
 class _Symmetric(torch.autograd.Function):
-    """sum_i -log(e^(x_i . x_pair(i)) / sum_(j != i) e^(x_i . x_j)); the two halves of x (M, d) are the pairs.
+    """sum_i -log(e^(x_i . x_pair(i)) / sum_(j != i) e^(x_i . x_j)); the two halves of z (M, d) are the pairs.
 
-    |x_i|^2 <= bound <= 40, or e^-bound is no number. Of the blocks of the symmetric M x M matrix, only those
-    up to the diagonal are visited: for the sums, and again for the gradient, which the sums of both the rows
-    and the columns of a block enter. The pair stays apart, so that a loss near 0 keeps its digits.
+    x = z / n, |x_i|^2 < 1 / temperature <= 40, or sums of e^(x_i . x_j) leave float32. Of the blocks of the
+    symmetric M x M matrix, only those up to the diagonal are visited: for the sums, and again for the
+    gradient, which the sums of both the rows and the columns of a block enter. The pair stays apart, so that
+    a loss near 0 keeps its digits.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, bound: float) -> Tensor:
-        half, (block, thin) = len(x) // 2, (512, 64) if x.device.type == "cpu" else (4096, 4096)
+    def forward(ctx, z: Tensor, temperature: float, eps: float) -> Tensor:
+        n = _norm(z, temperature, eps)
+        x, half, (block, thin) = z / n, len(z) // 2, (512, 128) if z.device.type == "cpu" else (4096, 4096)
         pair, rest, xs = x.roll(half, 0), x.new_zeros(len(x)), x.split(block)
-        positive, rests = (x * pair).sum(1) - bound, rest.split(block)
+        positive, rests = (x * pair).sum(1), rest.split(block)
         visits = [(i, j) for i in range(len(xs)) for j in range(i + 1)]
 
         def exponentials(i: int, j: int) -> Tensor:
-            e = (xs[i] @ xs[j].T).sub_(bound).exp_()
+            e = (xs[i] @ xs[j].T).exp_()
             for offset in (-half, 0, half):  # the pair and the row itself; mostly outside of the block
                 e.diagonal((i - j) * block + offset).zero_()
             return e
@@ -770,24 +772,31 @@ class _Symmetric(torch.autograd.Function):
                 grads[i].addmm_(e, xs[j])
                 if i != j:
                     grads[j].addmm_(e.T, xs[i])
-        ctx.save_for_backward(grad)
+        along = (x * grad).sum(1, keepdim=True)
+        ctx.save_for_backward(grad.addcmul_(x, along, value=-temperature).div_(n))
         return F.softplus(rest.log() - positive).sum()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * _once(ctx.saved_tensors[0]), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * _once(ctx.saved_tensors[0]), None, None
 
 
-def _pairs(x: Tensor, y: Tensor, first: int, half: int, temperature: float) -> Tensor:
-    """Mean contrastive loss of the rows x = y[first : first + len(x)] among all rows of y (M, d).
+def _norm(z: Tensor, temperature: float, eps: float) -> Tensor:
+    return (temperature * z.square().sum(1, keepdim=True) + eps).sqrt()
 
-    Rows i and i + half of every 2 half rows of y are a pair. Similarity is the product; |y_i|^2 <= 1 / t.
+
+def _pairs(z: Tensor, first: int, last: int, half: int, temperature: float, eps: float) -> Tensor:
+    """Mean contrastive loss of rows `first` to `last` of z (M, d) among all its rows, by their cosines.
+
+    Rows i and i + half of every 2 half rows are a pair. eps guards the norm of a row that is nearly 0.
     """
-    if len(x) == len(y) == 2 * half and temperature >= 0.025:
-        return _Symmetric.apply(x, 1 / temperature) / len(x)
-    own = torch.arange(first, first + len(x), device=x.device)
+    if last - first == len(z) == 2 * half and temperature >= 0.025:
+        return _Symmetric.apply(z, temperature, eps) / len(z)
+    y = z / _norm(z, temperature, eps)
+    own = torch.arange(first, last, device=z.device)
     pair = own + half - 2 * half * (own % (2 * half) >= half)
-    return _Contrast.apply(x, y, (x * y[pair]).sum(1), torch.stack([own, pair], 1)) / len(x)
+    x, skip = y[first:last], torch.stack([own, pair], 1)
+    return _Contrast.apply(x, y, (x * y[pair]).sum(1), skip) / len(x)
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
@@ -796,9 +805,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     Similarities are cosines / temperature, a row's own excluded (SimCLR, arXiv 2002.05709, eq. 1). Without
     information: log(2B - 1), B counted over all ranks. Raises ValueError for other shapes.
     """
-    x = torch.cat(_checked(z1, z2, temperature=temperature))
-    x = F.normalize(x, dim=1) / temperature**0.5
-    return _pairs(x, gather(x), _ranks()[0] * len(x), len(z1), temperature)
+    z = torch.cat(_checked(z1, z2, temperature=temperature))
+    first = _ranks()[0] * len(z)
+    return _pairs(gather(z), first, first + len(z), len(z1), temperature, 1e-24)
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
@@ -849,8 +858,7 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     ranks take equal shares of the 2D rows.
     """
     z = gather(torch.cat(_checked(z1, z2, temperature=temperature), 1))
-    z = z - z.mean(0)
-    y = (z * torch.rsqrt(temperature * z.square().sum(0) + 1e-12)).T
+    z = (z - z.mean(0)).T
     rank, world = _ranks()
-    first, last = (r * len(y) // world for r in (rank, rank + 1))
-    return _pairs(y[first:last], y, first, z1.shape[1], temperature) * ((last - first) * world / len(y))
+    first, last = (r * len(z) // world for r in (rank, rank + 1))
+    return _pairs(z, first, last, z1.shape[1], temperature, 1e-12) * ((last - first) * world / len(z))
