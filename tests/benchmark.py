@@ -4,7 +4,7 @@
     python tests/benchmark.py --only losses            # or augment, jpeg, step, fusion, growth
     python tests/benchmark.py --json results.json      # the same figures unrounded
 
-Time: all contestants of a case in one process, in turns (the order rotates from round to round), after a
+Time: all contestants of a case in one process, in turns (each round in another random order), after a
 warm-up; the median of the rounds. Memory: a fresh process with one thread for each figure, growth of the
 resident set from after set-up to its peak. A ratio is peer / ours, so more is better; where the goal names no
 peer, that of the best. On the CPU; memory on Linux with glibc only.
@@ -60,14 +60,13 @@ OURS, CPU = "ours", torch.device("cpu")
 
 
 def interleave(contestants: Contestants, seconds: float = 6.0, most: int = 40) -> dict[str, float]:
-    """Median seconds of each, by rounds in rotating order: at least two, more while time is left."""
+    """Median seconds of each, by rounds in random order: at least two, more while time is left."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names, start = list(contestants), time.perf_counter()
     for turn in range(most):
         if turn >= 2 and time.perf_counter() - start > seconds:
             break
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
+        for name in random.sample(names, len(names)):  # each leaves caches and free memory to the next
             begin = time.perf_counter()
             contestants[name]()
             times[name].append(time.perf_counter() - begin)
