@@ -378,8 +378,8 @@ class Batches(torch.utils.data.Dataset):
             self.images.pixels = self.images.pixels.to(device)
             for step in steps:
                 rows, draws = self.plan(step)
-                index, views = _to(rows, device), zip(self.recipes, draws, strict=True)
-                yield rows, [recipe.apply(self.images.pixels, u, index) for recipe, u in views]
+                pixels = self.images.pixels.index_select(0, _to(rows, device))
+                yield rows, [recipe.apply(pixels, u) for recipe, u in zip(self.recipes, draws, strict=True)]
             return
         options = {
             "num_workers": workers,
@@ -461,16 +461,12 @@ class Augment:
         top, left = np.where(none, 0.4999999, u[:, [_TOP, _LEFT]].T) * (height - h + 1, width - w + 1)
         return np.stack([top, left, h, w], 1).astype(np.int64), u[:, _FLIP] < self.flip
 
-    def apply(
-        self, pixels: Tensor, u: np.ndarray | None, index: Tensor | None = None, cropped: bool = False
-    ) -> Tensor:
-        """Views of the images `index` (default: all) of `pixels` uint8, by the numbers `u` of `draw`.
+    def apply(self, pixels: Tensor, u: np.ndarray | None, cropped: bool = False) -> Tensor:
+        """Views of `pixels` (B, 3, H, W) uint8, by the numbers `u` of `draw`.
 
         u None: centre crop without any change of colour. cropped: the pixels are crops of the right size.
         """
-        device = pixels.device
-        index = torch.arange(len(pixels), device=device) if index is None else index
-        count = len(index)
+        count, device = len(pixels), pixels.device
         out = pixels.new_empty(count, 3, self.size, self.size, dtype=torch.float32)
         mean, std = (_to(np.float32(c), device).view(3, 1, 1) for c in (self.mean, self.std))
         boxes, flips = self.boxes(u, *pixels.shape[2:])
@@ -483,8 +479,7 @@ class Augment:
             rows = np.arange(first, min(first + chunk, count))
             if u is not None:  # the order in which the jitter begins: pixels are cheaper to sort than floats
                 rows = rows[np.argsort(order[rows, 0], kind="stable")]
-            x = pixels.index_select(0, _select(index, rows))
-            x = x.to(torch.float32, memory_format=torch.contiguous_format)
+            x = _select(pixels, rows).to(torch.float32, memory_format=torch.contiguous_format)
             x = x.mul_(1 / 255) if cropped else self._crop(x, _select(boxes, rows))
             if u is not None:
                 x, rows = _jitter(x, rows, order, numbers)
