@@ -162,9 +162,8 @@ class Method(nn.Module):
         self.backbone, self.projector = backbone, mlp(width, args.projector, norm=None)
         kind = (args.fusion_layers, args.fusion_patch, args.fusion_kernel)
         self.fusion = FusionLayer(share, *kind) if args.fusion_layers else nn.Identity()
-        self.key = copy.deepcopy(nn.Sequential(self.fusion, self.backbone, self.projector)).requires_grad_(
-            False
-        )
+        query = nn.Sequential(self.fusion, self.backbone, self.projector)
+        self.key = copy.deepcopy(query).requires_grad_(False)
         self.momentum, self.temperature = args.key_momentum, args.temperature
         self.shuffle, self.seed = args.fusion_shuffle, args.seed
         dim = int(args.projector.split("-")[-1])
@@ -196,9 +195,8 @@ class Method(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Views (B, 3, H, W) -> loss, its parts for the log, an embedding (B, D) to watch for collapse."""
-        with (
-            torch.no_grad()
-        ):  # theta_k <- m theta_k + (1 - m) theta_q; batch norm's buffers are the key's own
+        # theta_k <- m theta_k + (1 - m) theta_q; batch norm's buffers are the key's own.
+        with torch.no_grad():
             query = nn.Sequential(self.fusion, self.backbone, self.projector)
             torch._foreach_lerp_(list(self.key.parameters()), list(query.parameters()), 1 - self.momentum)
         x1, x2 = self.fuse(x1, x2, step)
@@ -207,7 +205,8 @@ class Method(nn.Module):
         loss = info_nce(q, k[RANK * len(q) : (RANK + 1) * len(q)], self.queue, self.temperature)
         place = step * len(k) % len(self.queue)  # the queue's pointer; K is a multiple of the batch
         self.queue[place : place + len(k)] = k
-        return loss, {"fusion": self.fusion.strength()} if len(list(self.fusion.parameters())) else {}, q
+        parts = {"fusion": self.fusion.strength()} if isinstance(self.fusion, FusionLayer) else {}
+        return loss, parts, q
 
 
 def chance_loss(args: Args) -> float:
@@ -244,15 +243,12 @@ def check(args: Args, given: dict, images: int) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide the image size {args.image_size}")
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
-    if (
-        "queue_size" not in given
-    ):  # at most half of the images, so that keys are not of the same epoch's start
+    if "queue_size" not in given:
+        # At most half of the images: else many a query has its own image among the negatives.
         fits = max(args.batch_size, min(args.queue_size, images // 2))
         args.queue_size = fits // args.batch_size * args.batch_size
     if args.queue_size % args.batch_size or args.queue_size > images:
-        refuse(
-            f"--queue-size {args.queue_size}: must be a multiple of {args.batch_size} (batch), up to {images}"
-        )
+        refuse(f"--queue-size {args.queue_size}: multiples of {args.batch_size} (batch) up to {images} fit")
 
 
 # ------------------------------------------------------------- machinery: the same in all five scripts
