@@ -241,7 +241,7 @@ def test_autocast_changes_nothing(name, device):
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce", "dimcl"])
-@pytest.mark.parametrize("temperature", [1e-2, 1e-4])
+@pytest.mark.parametrize("temperature", [0.025, 1e-2, 1e-4])
 def test_very_small_temperatures(name, temperature, device):
     loss, _, whole = CASES[name]
     loss, whole = (getattr(f, "func", f) for f in (loss, whole))
@@ -250,6 +250,13 @@ def test_very_small_temperatures(name, temperature, device):
     agree(value_and_gradients(lambda *a: loss(*a, temperature), x), reference, 1e-8)
     single = value_and_gradients(lambda *a: loss(*a, temperature), [m.float() for m in x])
     assert all(v.isfinite().all() for v in single)
+
+
+@pytest.mark.parametrize("loss", [nt_xent, byol_loss, dimcl])
+@pytest.mark.parametrize("scale", [1e-2, 1e6])
+def test_cosines_do_not_depend_on_scale(loss, scale, device):
+    z1, z2 = rows(12, 10, device, torch.float32)
+    torch.testing.assert_close(loss(scale * z1, scale * z2), loss(z1, z2), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("loss", [dimcl, barlow_twins])
