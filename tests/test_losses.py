@@ -1,5 +1,6 @@
 """The losses against what their definitions say, written as loops over pairs in float64."""
 
+import math
 import sys
 from functools import partial
 
@@ -250,6 +251,12 @@ def test_very_small_temperatures(name, temperature, device):
     agree(value_and_gradients(lambda *a: loss(*a, temperature), x), reference, 1e-8)
     single = value_and_gradients(lambda *a: loss(*a, temperature), [m.float() for m in x])
     assert all(v.isfinite().all() for v in single)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.025, 0.01])
+def test_equal_embeddings_have_the_chance_loss(temperature, device):
+    z = torch.ones(16, 8, device=device)
+    assert nt_xent(z, z, temperature).item() == pytest.approx(math.log(31), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", [nt_xent, byol_loss, dimcl])
