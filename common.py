@@ -364,6 +364,7 @@ class Batches(torch.utils.data.Dataset):
                     view = F.interpolate(view, (size, size), mode="bilinear", antialias=True)
                     view = view[0].permute(1, 2, 0)  # as decoders and resizing have it: colours innermost
                     crop.copy_(view.flip(1) if flip else view)
+            del images  # before the next are decoded
         return crops.permute(0, 1, 4, 2, 3), used, failed
 
     def stream(
