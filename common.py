@@ -472,18 +472,18 @@ class Augment:
         mean, std = (_to(np.float32(c), device).view(3, 1, 1) for c in (self.mean, self.std))
         boxes, flips = self.boxes(u, *pixels.shape[2:])
         boxes = _to(np.column_stack([boxes, flips]).astype(np.float32), device).expand(count, 5)
-        order, numbers, changes = (None, None, []) if u is None else self._plan(u)
-        numbers = None if u is None else _to(numbers, device)[:, :, None, None]
+        # Ones are below no probability: nothing but the crop happens.
+        order, numbers, changes = self._plan(np.ones((count, _COLUMNS)) if u is None else u)
+        numbers = _to(numbers, device)[:, :, None, None]
         # A CPU works on as many samples at a time as its cache holds, a GPU on all.
         chunk = count if device.type != "cpu" else 2**18 // self.size**2 if self.size <= 64 else 1
         for first in range(0, count, chunk):
             rows = np.arange(first, min(first + chunk, count))
-            if u is not None:  # the order in which the jitter begins: pixels are cheaper to sort than floats
-                rows = rows[np.argsort(order[rows, 0], kind="stable")]
+            # The order in which the jitter begins: pixels are cheaper to sort than floats.
+            rows = rows[np.argsort(order[rows, 0], kind="stable")]
             x = _select(pixels, rows).to(torch.float32, memory_format=torch.contiguous_format)
             x = x.mul_(1 / 255) if cropped else self._crop(x, _select(boxes, rows))
-            if u is not None:
-                x, rows = _jitter(x, rows, order, numbers)
+            x, rows = _jitter(x, rows, order, numbers)
             for change, samples in changes:
                 hit = np.flatnonzero(samples[rows])
                 if len(hit):
@@ -510,7 +510,7 @@ class Augment:
         spread = np.array([self.brightness, self.contrast, self.saturation])
         low = np.append(np.maximum(1 - spread, 0), [-self.hue, self.sigma[0]])
         high = np.append(1 + spread, [self.hue, self.sigma[1]])
-        order = np.where(u[:, _JITTER, None] < self.jitter, _ORDERS[(u[:, _ORDER] * 24).astype(int)], 4)
+        order = np.where(u[:, _JITTER, None] < self.jitter, _ORDERS[(u[:, _ORDER] * 24).astype(int) % 24], 4)
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
         changes = [
             (lambda x, _: _gray(x).repeat(1, 3, 1, 1), u[:, _GRAY] < self.gray),
