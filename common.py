@@ -521,9 +521,10 @@ class Augment:
 
 
 def _select(x: Tensor, rows: np.ndarray) -> Tensor:
-    """x[rows], without a copy where these are all rows in their order."""
-    same = len(rows) == len(x) == 1 or np.array_equal(rows, np.arange(len(x)))
-    return x if same else x.index_select(0, _to(rows, x.device))
+    """x[rows], without a copy where that is one row, or all of them in their order."""
+    if len(rows) == 1:
+        return x[rows[0] : rows[0] + 1]
+    return x if np.array_equal(rows, np.arange(len(x))) else x.index_select(0, _to(rows, x.device))
 
 
 def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, inside: int, out: int) -> Tensor:
