@@ -453,16 +453,16 @@ def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, 
 
     order = torch.randperm(len(raw), generator=generator(args.seed, 3)).to(DEVICE)
     held, kept = order[: max(1, len(raw) // 10)], order[max(1, len(raw) // 10) :]
-    x, batch = standardised(raw), min(512, math.ceil(len(kept) / 4))
-    weight, per_epoch = torch.zeros(x.shape[1], 8 * classes, device=DEVICE), len(kept) // batch
+    batch = min(512, math.ceil(len(kept) / 4))
+    weight, per_epoch = raw.new_zeros(raw.shape[1] + 1, 8 * classes), len(kept) // batch
     velocity, rates = torch.zeros_like(weight), torch.logspace(-3, 0.5, 8, device=DEVICE)
     for step in range(args.probe_epochs * per_epoch):
         epoch, i = divmod(step, per_epoch)
         if i == 0:
             order = kept[torch.randperm(len(kept), generator=generator(args.seed, 4, epoch)).to(DEVICE)]
-            x = standardised(features(net, data.train, args, epoch + 1)[0]) if args.probe_augment else x
+            x = features(net, data.train, args, epoch + 1)[0] if args.probe_augment else raw
         rows = order[i * batch : (i + 1) * batch]
-        some = x.index_select(0, rows)
+        some = standardised(x.index_select(0, rows))  # not once for all: ImageNet's features are 10 GB
         chances = logits(some).softmax(2).clamp_(min=1e-30)  # CPUs are slow with denormal numbers
         error = chances.sub_(F.one_hot(y[rows], classes)[:, None])  # the gradient of cross-entropy
         velocity.mul_(0.9).addmm_(some.T, error.flatten(1), alpha=1 / batch)
@@ -547,10 +547,11 @@ def main() -> None:
             images = asked = data.pretrain.take(np.arange(min(5000, len(data.pretrain))))
             x = x_asked = features(backbone, images, args)[0]
         else:
+            untrained = top1_untrained()  # first: its features are gone when those of the backbone come
             (result, x, x_asked), images, asked = linear_probe(backbone, data, args), data.train, data.val
-            log.record("probe", step, **result, top1_untrained=top1_untrained())
+            log.record("probe", step, **result, top1_untrained=untrained)
             shown = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-            shown += f"; untrained network: top-1 {top1_untrained():.2f} %"
+            shown += f"; untrained network: top-1 {untrained:.2f} %"
             log.say(f"linear probe, step {step}, {len(asked)} val images: {shown}")
         if RANK == 0:
             save_neighbours(run / "neighbours.png", asked, x_asked, images, x, args)
