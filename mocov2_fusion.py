@@ -30,8 +30,8 @@ rate of its own, a momentum copy for the keys, and the permutation: the layer ha
 the batch and could mark the places for both views, so the keys are fused in a fresh random order, which is
 undone afterwards (--no-fusion-shuffle: literally as described).
 
-Measured (10,000 images of CIFAR-10, 8 epochs, CPU, one seed; the command stands in the README): linear probe
-47.2 %, 37.4 % on the untrained network. Not compared with plain MoCo v2.
+Measured (10,000 images of CIFAR-10, 8 epochs, CPU, one seed; the commands stand in the README): linear probe
+47.2 % with fusion, 47.3 % without, 37.4 % on the untrained network: no difference.
 """
 
 import argparse
