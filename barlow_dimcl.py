@@ -1,42 +1,47 @@
 """Barlow Twins with dimensional contrast (DimCL), in one file.
 
-    python barlow_dimcl.py                                          # drawn shapes, CPU, two minutes
+    python barlow_dimcl.py                                          # drawn shapes, any CPU
     python barlow_dimcl.py --data cifar10                           # downloads
-    python barlow_dimcl.py --data path/to/images                    # with or without class folders
-    torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, the published recipe
+    python barlow_dimcl.py --data path/to/images                    # class folders or none
+    torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, published recipe
     python barlow_dimcl.py --eval runs/NAME/backbone.pt --data ...  # only the linear probe
 
 The same command again continues where the last run stopped; --dimcl-weight 0 is plain Barlow Twins.
 
-Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation C (D, D)
-to the identity (arXiv 2103.03230). DimCL contrasts dimensions: with Z1, Z2 centred, column i of Z1 and column
-i of Z2 are the pair among all 2D columns, NT-Xent at temperature .1 (arXiv 2309.11782):
+Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation
+C (D, D) to the identity (arXiv 2103.03230). DimCL contrasts dimensions: with Z1, Z2 centred, column
+i of Z1 and column i of Z2 are the pair among all 2D columns, NT-Xent at temperature .1
+(arXiv 2309.11782):
 
-    loss = w NT-Xent(columns of Z1, Z2) + (1 - w) (sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2),   w = .1
+    loss = w NT-Xent(columns of Z1, Z2)
+           + (1 - w) s (sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2),   w = .1, s = .1
 
-Stated by the paper on DimCL: the contrast along the dimension, w and the temperature. Its batch norm and L2
-normalisation of a column are centring and L2 normalisation: the scale cancels. Our reading: under several
-ranks statistics and gradients of both losses are those of the whole batch.
+Stated by the paper on DimCL: the contrast along the dimension, w and the temperature; s is from
+its code: without it Barlow's gradient is so much larger that DimCL has no effect. DimCL's batch
+norm and L2 normalisation of a column are centring and L2 normalisation: the scale cancels. Our
+reading: under several ranks statistics and gradients of both losses are those of the whole batch.
 
-The published code's gradient is 1 / ranks of the true one. LARS cancels this for weights, but not for biases
-and norms: the published .0048 per 256 was .0048 / 32 of the exact gradient on its 32 GPUs, and so it is here.
-
-Measured (10,000 images of CIFAR-10, 8 epochs, CPU, three seeds; the commands stand in the README): linear
-probe 48.3 % with DimCL, 48.8 % without, 38 % on the untrained network: no gain.
+Measured with s = 1 (10,000 images of CIFAR-10, 8 epochs, three seeds; commands in the README):
+linear probe 48.3 % with DimCL, 48.8 % without, 38 % on the untrained network: no gain.
 """
 
 import argparse
+import fcntl
+import io
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
-from functools import cache, partial
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -46,6 +51,11 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
+# Batches(...).stream(steps, device, workers) yields the rows of the images and the views
+# (B, 3, size, size) of this rank, a function of seed and step; without a seed, centre crops of all.
+# Both losses take the rows of this rank, gather those of the others, and return this rank's share:
+# its mean over the ranks, to which DistributedDataParallel averages the gradients, is the loss of
+# the whole batch.
 from common import (
     BYOL_VIEWS,
     Augment,
@@ -59,574 +69,678 @@ from common import (
     load_data,
 )
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
+
+# The settings of published runs (sources and deviations: README), a column for each data set; other
+# images get the column of those of similar size. A flag that is given wins over its row. Where the
+# stem is None it follows from the size of a view: small up to 64 px, else imagenet.
+# The rate of biases and norms, bias_lr, belongs to a scale of the loss; with LARS that of weights
+# does not.
+# solo-learn scales the loss by .1 and gives all parameters one rate; on ImageNet-100 its gradient
+# is half of the true one, hence .05. On ImageNet the published .0048 went with 1/16 of the true
+# gradient of the unscaled loss, on 16 GPUs: .0048 / 16 / .1 = .003.
+# fmt: off
+DATA_SETS =             ("shapes",   "cifar",    "stl10",    "imagenet100", "imagenet")
+PRESETS = {
+    "epochs":            (5,          1000,       200,        400,           1000),
+    "batch_size":        (64,         256,        256,        256,           2048),
+    "lr":                (0.003,      0.3,        0.3,        0.3,           0.2),
+    "weight_decay":      (1e-4,       1e-4,       1e-4,       1e-4,          1e-6),
+    "optimizer":         ("adamw",    "larc",     "larc",     "larc",        "lars"),
+    "warmup_epochs":     (10,         10,         10,         10,            10),
+    "arch":              ("resnet10", "resnet18", "resnet18", "resnet18",    "resnet50"),
+    "stem":              ("imagenet", "small",    None,       None,          None),
+    "barlow_scale":      (0.1,        0.1,        0.1,        0.05,          0.1),
+    # Without a flag: the rate of biases and norms, see above,
+    "bias_lr":           (0.003,      0.3,        0.3,        0.3,           0.003),
+    # whether residual blocks begin as the identity, the widths of the projector's
+    "zero_init_residual": (False,     False,      False,      False,         True),
+    # layers, and whether they have biases,
+    "projector":         ([512] * 3,  [2048] * 3, [2048] * 3, [2048] * 3,    [8192] * 3),
+    "projector_bias":    (True,       True,       True,       True,          False),
+    # the smallest crop as a share of the image, P(blur) of view 1 and view 2.
+    "smallest_crop":     (0.4,        0.08,       0.08,       0.08,          0.08),
+    "blur":              ([0, 0],     [0, 0],     [0, 0],     [1, 0.1],      [1, 0.1]),
+}
+# fmt: on
+
+parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False)
+parser.formatter_class = argparse.RawDescriptionHelpFormatter
+flag = parser.add_argument
+ON_OFF = argparse.BooleanOptionalAction  # --compile and --no-compile
+PRECISION = "fp32"
+if CUDA:
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # which would be slow
+    PRECISION = "bf16" if bf16 else "fp16"
+flag("--redundancy-weight", type=float, default=0.0051, help="lambda of Barlow Twins")
+flag("--barlow-scale", type=float, help="s, the factor of Barlow's loss")
+flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL; 0: plain Barlow Twins")
+flag("--dimcl-temperature", type=float, default=0.1, help="of DimCL's NT-Xent")
+# The flags below are the same in every script.
+flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, imagenet or a folder")
+flag("--root", default="data", help="folder of the named data sets")
+flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
+flag("--eval", help="a backbone.pt: only run the linear probe on it")
+flag("--epochs", type=int, help="passes over the images")
+flag("--batch-size", type=int, help="images a step, of all ranks together")
+flag("--lr", type=float, help="at batch 256; scaled by batch / 256, with adamw by its root")
+flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
+flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
+flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
+flag("--arch", help="resnet10 or any classification model of torchvision")
+flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3, 3x3 stride 2")
+flag("--image-size", type=int, help="side of a view in pixels")
+flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
+flag("--compile", action=ON_OFF, default=False, help="torch.compile the backbone")
+flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
+flag("--seed", type=int, default=0, help="everything random follows from it")
+flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: an epoch")
+flag("--log-every", type=int, default=10, help="steps between lines of the log")
+flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
+flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
+flag("--tensorboard", action=ON_OFF, default=False, help="also write the log for TensorBoard")
+MAY_BE_0 = ["weight_decay", "warmup_epochs", "workers", "seed", "save_every", "probe_every"]
+MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 
 
-def flag(default: object, text: str, zero: bool = False) -> object:
-    """A field of Args: default (None: by the preset), help text, whether a number may be 0."""
-    return field(default=default, metadata={"help": text, "zero": zero})
+# ------------------------------------------------------------------------------------ the method
 
 
-@dataclass
-class Args:
-    dimcl_weight: float = flag(0.1, "w, from 0 (plain Barlow Twins) to 1", zero=True)
-    dimcl_temperature: float = flag(0.1, "of the contrast between dimensions")
-    redundancy_weight: float = flag(0.0051, "lambda, of the off-diagonal part", zero=True)
-    projector: str | None = flag(None, "widths of the projector's layers, as 8192-8192-8192")
-    bias_lr: float | None = flag(None, "learning rate of biases and norms at batch 256; adamw: lr", zero=True)
-    # The fields below are the same in every script.
-    data: str = flag("shapes", "also cifar10, cifar100, stl10, imagenet, imagenet100, or a folder of images")
-    root: str = flag("data", "folder of the named data sets")
-    run_dir: str | None = flag(None, "folder for everything written; default: runs/SCRIPT_DATA_SEED")
-    eval: str | None = flag(None, "a backbone.pt: only run the linear probe on it")
-    epochs: int | None = flag(None, "passes over the images")
-    batch_size: int | None = flag(None, "images a step, of all ranks together")
-    lr: float | None = flag(None, "learning rate at batch 256; scaled by batch / 256, adamw: by its root")
-    weight_decay: float | None = flag(None, "not applied to biases, norms and fusion weights", zero=True)
-    optimizer: Literal["lars", "sgd", "adamw"] | None = flag(None, "momentum .9, betas (.9, .999)")
-    warmup_epochs: float | None = flag(None, "linear warm-up, before a cosine to 0", zero=True)
-    arch: str | None = flag(None, "resnet10 or any classification model of torchvision")
-    stem: Literal["imagenet", "small", "strided"] | None = flag(None, "first layers of a ResNet")
-    image_size: int | None = flag(None, "side of a view in pixels")
-    precision: Literal["bf16", "fp16", "fp32"] | None = flag(None, "default: bf16 where the device has it")
-    compile: bool = flag(False, "torch.compile the backbone")
-    workers: int | None = flag(None, "processes that decode images from disk, for each rank", zero=True)
-    seed: int = flag(0, "everything random follows from it", zero=True)
-    save_every: int = flag(0, "steps between checkpoints; 0: only after each epoch", zero=True)
-    log_every: int = flag(10, "steps between lines of the log")
-    probe_every: int = flag(0, "epochs between linear probes; 0: only at the end", zero=True)
-    probe_epochs: int = flag(100, "epochs of the linear classifier")
-    probe_augment: bool = flag(False, "train the classifier on new random crops in each epoch")
-    tensorboard: bool = flag(False, "also write the log for TensorBoard, if it is installed")
-
-
-# Settings of the published runs (sources: README); an image size that is left out is that of the images.
-CIFAR = {"epochs": 1000, "batch_size": 256, "lr": 0.3, "weight_decay": 1e-4, "optimizer": "lars"}
-CIFAR |= {"warmup_epochs": 10, "arch": "resnet18", "projector": "2048-2048-2048", "bias_lr": 0.03}
-IMAGENET100 = CIFAR | {"epochs": 400, "image_size": 224}
-IMAGENET = IMAGENET100 | {"epochs": 300, "batch_size": 2048, "lr": 0.2, "weight_decay": 1.5e-6}
-IMAGENET |= {"arch": "resnet50", "projector": "8192-8192-8192", "bias_lr": 0.0048 / 32}
-SHAPES = CIFAR | {"epochs": 9, "batch_size": 64, "lr": 0.003, "optimizer": "adamw"}
-SHAPES |= {"arch": "resnet10", "stem": "strided", "projector": "512-512-512"}
-PRESETS = {"shapes": SHAPES, "cifar": CIFAR, "stl10": CIFAR | {"epochs": 200}}
-PRESETS |= {"imagenet100": IMAGENET100, "imagenet": IMAGENET}
-
-
-def recipes(args: Args) -> tuple[Augment, Augment]:
-    """The augmentation of view 1 and view 2; no blur at 32 px."""
-    changes = {"blur": 0.0} if args.image_size <= 32 else {}
-    if args.data == "shapes":  # a smaller crop may hold nothing of a shape
-        changes |= {"scale": (0.4, 1.0)}
-    return tuple(replace(view, size=args.image_size, **changes) for view in BYOL_VIEWS)
-
-
-class Method(nn.Module):
-    """Barlow Twins with DimCL on the same projections."""
-
-    def __init__(self, backbone: nn.Module, width: int, args: Args, share: int):
-        super().__init__()
-        self.backbone, self.projector = backbone, mlp(width, args.projector)
-        self.weight, self.temperature, self.redundancy = (
-            args.dimcl_weight, args.dimcl_temperature, args.redundancy_weight,
-        )  # fmt: skip
-
-    def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Views (B, 3, H, W) -> loss, its parts for the log, an embedding (B, D) to watch for collapse."""
-        # Each view by itself, as published: batch norm sees one view's statistics at a time.
-        z1, z2 = (
-            self.projector(self.backbone(x.contiguous(memory_format=torch.channels_last))) for x in (x1, x2)
-        )
-        barlow = barlow_twins(z1, z2, self.redundancy)
-        if self.weight == 0:
-            return barlow, {}, z1
-        contrast = dimcl(z1, z2, self.temperature)
-        loss = self.weight * contrast + (1 - self.weight) * barlow
-        return loss, {"barlow": barlow, "dimcl": contrast}, z1
-
-
-def chance_loss(args: Args) -> float:
-    """The loss of embeddings that know nothing, but for lambda times the noise of the correlations."""
-    dim = int(args.projector.split("-")[-1])
-    return args.dimcl_weight * math.log(2 * dim - 1) + (1 - args.dimcl_weight) * dim
-
-
-def param_groups(model: nn.Module, args: Args, peak: float) -> list[dict]:
-    """Weights; biases and norms, without decay and LARS, at a rate of their own."""
-    trained, decay = [p for p in model.parameters() if p.requires_grad], args.weight_decay
-    weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    slow = args.bias_lr * peak / args.lr
+def recipes(args: Namespace) -> list[Augment]:
+    """The augmentation of view 1 and that of view 2."""
+    crop = (args.smallest_crop, 1.0)
     return [
-        {"name": "weights", "params": weights, "peak": peak, "weight_decay": decay, "adapt": True},
-        {"name": "biases and norms", "params": others, "peak": slow, "weight_decay": 0.0, "adapt": False},
+        replace(view, size=args.image_size, scale=crop, blur=blur)
+        for view, blur in zip(BYOL_VIEWS, args.blur, strict=True)
     ]
 
 
-def check(args: Args, given: dict, images: int) -> None:
-    """Refuses what this method cannot do, and fits its defaults."""
+def view_stream(steps: range, data: Data, args: Namespace, workers: int) -> Iterator:
+    """For each step the rows of its images and their two views (B, 3, size, size)."""
+    batches = Batches(data.pretrain, recipes(args), args.batch_size, args.seed, RANK, WORLD)
+    return batches.stream(steps, DEVICE, workers)
+
+
+class Method(nn.Module):
+    """Barlow Twins with DimCL on the same projections. B is the number of images of this rank."""
+
+    def __init__(self, backbone: nn.Module, args: Namespace):
+        super().__init__()
+        self.args = args
+        self.backbone = backbone
+        features, bias = backbone.num_features, args.projector_bias
+        self.projector = ops.MLP(features, args.projector, nn.BatchNorm1d, bias=bias)
+
+    def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
+        """Views (B, 3, H, W) -> loss, what else to log, an embedding (B, D) to tell a collapse."""
+        # Each view by itself, as published: batch norm sees one view's statistics at a time.
+        z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
+        args = self.args
+        barlow = args.barlow_scale * barlow_twins(z1, z2, args.redundancy_weight)
+        w = args.dimcl_weight
+        if w == 0:
+            return barlow, {}, z1
+        contrast = dimcl(z1, z2, args.dimcl_temperature)
+        return w * contrast + (1 - w) * barlow, {"barlow": barlow, "dimcl": contrast}, z1
+
+
+def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
+    """Weights; biases and norms without decay and LARS, at a rate of their own."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    bias_peak = args.bias_lr * args.peak_lr / args.lr
+    return [
+        {"params": weights, "peak": args.peak_lr, "decay": args.weight_decay, "adapt": True},
+        {"params": others, "peak": bias_peak, "decay": 0.0, "adapt": False},
+    ]
+
+
+def fit_method(args: Namespace, given: Namespace) -> None:
+    """Fits to the flags what was not given, and refuses what this method cannot do."""
     if args.dimcl_weight > 1:
         refuse(f"--dimcl-weight {args.dimcl_weight} is greater than 1")
-    if args.optimizer == "adamw" and "bias_lr" not in given:
+    if given.optimizer is not None:  # the preset's rate belongs to the preset's optimizer
         args.bias_lr = args.lr
+    w, dim = args.dimcl_weight, args.projector[-1]
+    # Of embeddings that know nothing, but for lambda times the noise of the correlations.
+    args.chance_loss = w * math.log(2 * dim - 1) + (1 - w) * args.barlow_scale * dim
 
 
-# ------------------------------------------------------------- machinery: the same in all five scripts
+# ------------------------------------------------------ machinery: the same in all five scripts
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line: code 2 for a wrong use, which all ranks see and rank 0 tells, 1 for a failure."""
-    if code != 2 or RANK == 0:
-        print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    """Ends with one line. Code 2: wrong use, which rank 0 always sees, and tells; 1: a failure."""
+    if RANK == 0 or code != 2:
+        line = " ".join(f"{Path(__file__).name}: {message}".split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def parse() -> tuple[Args, dict]:
-    """The command line, made from the fields of Args, and those fields that the user gave."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    parser.error = lambda message: refuse(f"{message} (--help lists the flags)")
-    for f in fields(Args):
-        kind = get_args(f.type | None)[0]  # of `int` and `int | None`: int
-        options = {"choices": get_args(kind)} if get_args(kind) else {"type": kind}
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else options
-        text = f"{f.metadata['help']} (default: {'by data set' if f.default is None else f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **options)
-    given = vars(parser.parse_args())
-    for f in fields(Args):
-        value, zero = given.get(f.name), f.metadata["zero"]
-        limit = {int: 2**63, float: math.inf}.get(type(value))
-        if limit and not (0 < value < limit or value == 0 and zero):
-            refuse(f"--{f.name.replace('_', '-')} {value}: must be a number {'>=' if zero else '>'} 0")
-    return Args(**given), given
+def choose_preset(given: Namespace, images: Images) -> dict:
+    """The column of PRESETS for the images, fitted to their size and number."""
+    side = max(max(size) for size in images.sizes)
+    if given.data in DATA_SETS:
+        column = given.data
+    elif side <= 48:  # cifar10 and cifar100 as well
+        column = "cifar"
+    elif side <= 128:
+        column = "stl10"
+    else:
+        column = "imagenet100"
+    preset = {key: row[DATA_SETS.index(column)] for key, row in PRESETS.items()}
+    preset["preset"] = column
+    preset["image_size"] = max(8, side) if side <= 128 else 224
+    if preset["stem"] is None:
+        small = (given.image_size or preset["image_size"]) <= 64
+        preset["stem"] = "small" if small else "imagenet"
+    while preset["batch_size"] > max(len(images) // 8, 2 * WORLD):  # at least eight steps an epoch
+        preset["batch_size"] //= 2
+    preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD
+    preset["warmup_epochs"] = min(preset["warmup_epochs"], (given.epochs or preset["epochs"]) / 10)
+    return preset
 
 
-def settle(args: Args, given: dict, data: Data) -> str:
-    """Fills in what the user left open, from the preset and the data. Returns a remark for the log."""
-    side, images = max(max(size) for size in data.pretrain.sizes), len(data.pretrain)
-    by_size = "cifar" if side <= 64 else "stl10" if side <= 128 else "imagenet100"
-    preset = args.data if args.data in PRESETS else by_size
-    vars(args).update(PRESETS[preset] | given)
-    remark = f"{images} images of up to {side} px: preset {preset}"
-    args.image_size = args.image_size or max(8, side)
-    if "batch_size" not in given:
-        while args.batch_size > max(images // 8, 2 * WORLD):  # at least eight steps an epoch
-            args.batch_size //= 2
-        args.batch_size = max(2, args.batch_size // WORLD) * WORLD
-        remark += f", batch size {args.batch_size} (preset: {PRESETS[preset]['batch_size']})"
-    if args.batch_size % WORLD or not 2 * WORLD <= args.batch_size <= images:
-        fits = f"a multiple of the {WORLD} ranks, from {2 * WORLD} to the {images} images of {args.data}"
-        refuse(f"--batch-size {args.batch_size}: must be {fits}")
-    if "warmup_epochs" not in given:
-        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+def configure() -> tuple[Namespace, Data]:
+    """The settings in effect, and the images.
+
+    The command line is parsed twice: flags that have a preset have no default, and so are None
+    where they are not given; then the preset becomes the default, its rows without a flag too.
+    """
+    parser.error = refuse
+    given = parser.parse_args()
+    for key, value in vars(given).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        least = 0 if key in MAY_BE_0 else 1e-12
+        if value == "" or (is_number and not least <= value < 2**31):
+            refuse(f"--{key.replace('_', '-')} '{value}' is empty or out of range")
+    try:
+        data = load_data(given.data, given.root)
+    except DataError as error:
+        refuse(str(error))
+    parser.set_defaults(**choose_preset(given, data.pretrain))
+    args = parser.parse_args()
+
+    args.ranks, args.images = WORLD, len(data.pretrain)
+    args.checksum = data.pretrain.checksum
+    if args.batch_size % WORLD or not 2 * WORLD <= args.batch_size <= args.images:
+        fits = f"a multiple of the {WORLD} ranks from {2 * WORLD} to the {args.images} images"
+        refuse(f"--batch-size {args.batch_size} must be {fits} of {args.data}")
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
-    if not all(width.isdecimal() and int(width) for width in args.projector.split("-")):
-        refuse(f"--projector {args.projector}: give the widths of its layers, as 2048-128")
-    args.stem = args.stem or ("small" if args.image_size <= 64 else "imagenet")
-    if args.precision is None:
-        cuda, cpu = DEVICE.type == "cuda", torch.cpu.get_capabilities()
-        bf16 = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("bf16")
-        # On CPUs the bf16 gradient of a strided convolution of a single pixel is random (oneDNN).
-        bf16 = bf16 and (cuda or args.image_size >= 32)
-        args.precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
-    if args.workers is None:
-        args.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    check(args, given, images)
-    return remark
+    args.epoch_steps = args.images // args.batch_size
+    args.steps = args.epochs * args.epoch_steps
+    args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
+    scale = args.batch_size / 256
+    args.peak_lr = args.lr * (math.sqrt(scale) if args.optimizer == "adamw" else scale)
+    fit_method(args, given)
+
+    folder = Path(args.data).resolve()
+    if args.run_dir is None:
+        args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
+        args.run_dir += "_eval" if args.eval else ""
+    if Path(args.run_dir).resolve().is_relative_to(folder):
+        refuse(f"--run-dir {args.run_dir} lies in the image folder: its pictures would be images")
+    return args, data
 
 
-def build_backbone(args: Args) -> tuple[nn.Module, int]:
-    """The network without its head, a function of the seed, and the width of its features.
+def join_ranks() -> None:
+    """Under torchrun: meets the other ranks; NCCL for tensors on GPUs, gloo for those on CPUs."""
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    if "RANK" in os.environ:
+        try:
+            dist.init_process_group(timeout=timedelta(hours=2))  # rank 0 may have to download
+        except ValueError as error:
+            refuse(f"RANK is set, but not by torchrun: {error}")
 
-    Stems of a ResNet: imagenet (7x7 stride 2, max-pool), small (3x3 stride 1), strided (3x3 stride 2).
-    """
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def copy_buffers_of_rank_0(module: nn.Module) -> None:
+    """Without synchronised batch norm each rank has running averages, of which rank 0's count."""
+    if WORLD > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def autocast(args: Namespace) -> torch.autocast:
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(DEVICE.type, dtype, enabled=args.precision != "fp32")
+
+
+def build_backbone(args: Namespace) -> nn.Module:
+    """The network without its head, a function of the seed; its output has `num_features`."""
     torch.manual_seed(args.seed)
-    known = models.list_models(module=models)
-    if args.arch not in ["resnet10", *known]:
-        refuse(f"--arch {args.arch} is unknown: resnet10 or one of {', '.join(known)}")
-    if args.arch == "resnet10":
-        net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
-    else:  # these two would return their auxiliary heads as well
-        plain = {"aux_logits": False} if args.arch in ("googlenet", "inception_v3") else {}
-        net = models.get_model(args.arch, weights=None, **plain)
-    if isinstance(net, models.ResNet) and args.stem != "imagenet":
-        net.conv1 = nn.Conv2d(3, 64, 3, stride=2 if args.stem == "strided" else 1, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.maxpool = nn.Identity()
-    heads = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    known = ["resnet10", *models.list_models(module=models)]
+    if args.arch not in known:
+        refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
-        net.set_submodule(heads[-1], nn.Identity())
-        width = net.eval()(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
+        if args.arch == "resnet10":
+            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+        elif args.arch in ("googlenet", "inception_v3"):
+            net = models.get_model(args.arch, aux_logits=False, init_weights=True)
+        elif args.zero_init_residual and args.arch.startswith(("resn", "wide_resn")):
+            net = models.get_model(args.arch, zero_init_residual=True)
+        else:
+            net = models.get_model(args.arch)
+        if isinstance(net, models.ResNet) and args.stem != "imagenet":
+            stride = 2 if args.stem == "strided" else 1
+            net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+            net.maxpool = nn.Identity()
+        linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
+        net.set_submodule(linear[-1], nn.Identity())  # the last one is the classifier
+        net.eval()
+        net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
-        refuse(f"--arch {args.arch} does not work here with images of {args.image_size} px: {error}")
-    return net.train().to(DEVICE, memory_format=torch.channels_last), width
+        refuse(f"--arch {args.arch} does not work at --image-size {args.image_size}: {error}")
+    return net.train().to(DEVICE, memory_format=torch.channels_last)
 
 
-def mlp(width: int, layers: str, norm: type[nn.Module] | None = nn.BatchNorm1d) -> nn.Sequential:
-    """Linear layers of the widths in `layers`, as 2048-128, with the norm and ReLU between them."""
-    return ops.MLP(width, [int(out) for out in layers.split("-")], norm_layer=norm)
+class LARS(torch.optim.SGD):
+    """SGD with momentum .9 on r (g + wd w) instead of g, with one r for each tensor w:
 
+    lars: r = .001 |w| / |g + wd w|                      the code of BYOL and Barlow Twins
+    larc: r = min(.02 |w| / (|g| + wd |w|), lr) / lr     solo-learn
 
-class LARS(torch.optim.Optimizer):
-    """v <- .9 v + r (g + wd w), w <- w - lr v, for each tensor r = .001 |w| / |g + wd w| (arXiv 1708.03888).
-
-    r = 1 where either norm is 0 and in groups with adapt = False. There are other formulas under this name:
-    learning rates do not carry over between them.
+    r = 1 where either norm is 0 and in groups that do not adapt. There are more formulas under
+    these names, and a learning rate belongs to its formula.
     """
 
-    def __init__(self, params: list[dict], lr: float):
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "adapt": True})
+    def __init__(self, groups: list[dict], formula: str):
+        super().__init__(groups, momentum=0.9)
+        self.formula = formula
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if not weights:
-                continue
-            grads = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
-            if group["adapt"]:
-                norms = zip(torch._foreach_norm(weights), torch._foreach_norm(grads), strict=True)
-                ratios = [torch.where((w > 0) & (g > 0), 0.001 * w / g, 1.0) for w, g in norms]
-                torch._foreach_mul_(grads, ratios)
-            for p in weights:
-                if not self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
-            velocity = [self.state[p]["velocity"] for p in weights]
-            torch._foreach_mul_(velocity, 0.9)
-            torch._foreach_add_(velocity, grads)
-            torch._foreach_add_(weights, velocity, alpha=-group["lr"])
+            for w in group["params"]:
+                g_norm = w.grad.norm()
+                g = w.grad.add_(w, alpha=group["decay"])
+                if group["adapt"]:
+                    if self.formula == "lars":
+                        r = 0.001 * w.norm() / g.norm()
+                    else:
+                        r = 0.02 * w.norm() / (g_norm + group["decay"] * w.norm())
+                        r = r.clamp(max=group["lr"]) / group["lr"]
+                    g.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
+        super().step()
 
 
-def lr_at(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Learning rate of optimizer step 0, 1, ... steps - 1: linear warm-up to `peak`, then a cosine to 0."""
+def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
+    """Groups have `params`, a `peak` learning rate, weight `decay`, and whether LARS may `adapt`.
+
+    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty.
+    """
+    if args.optimizer in ("lars", "larc"):
+        return LARS(groups, args.optimizer)
+    for group in groups:
+        group["weight_decay"] = group["decay"]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    return torch.optim.AdamW(groups)
+
+
+def schedule(step: int, steps: int, warmup: int = 0) -> float:
+    """Share of the peak rate at step 0, 1, ... steps - 1: linear warm-up, then a cosine to 0."""
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def any_rank(sign: bool) -> bool:
-    """Whether the sign stands on any rank; waits for all. On the CPU: the GPU need not catch up."""
-    signs = torch.tensor(int(sign))
-    if WORLD > 1:
-        dist.all_reduce(signs, dist.ReduceOp.MAX)
-    return bool(signs)
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 class Log:
-    """Lines for the reader, and one JSON object per event in metrics.jsonl. Only rank 0 writes."""
+    """For each event a line for the reader and a JSON object in metrics.jsonl, both by rank 0."""
 
-    def __init__(self, folder: Path, tensorboard: bool):
-        self.file, self.redraw, self.board = (folder / "metrics.jsonl").open("a"), sys.stdout.isatty(), None
-        if tensorboard and RANK == 0:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                refuse("--tensorboard: not installed, `pip install tensorboard`")
-            self.board = SummaryWriter(str(folder))
+    def __init__(self, args: Namespace):
+        self.board = None
+        if RANK > 0:
+            return
+        run = Path(args.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        self.file = (run / "metrics.jsonl").open("a+")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except (BlockingIOError, PermissionError):
+            refuse(f"another process is writing to {run}: wait for it or give another --run-dir")
+        self.file.seek(0)
+        whole_lines = self.file.read().rfind("\n") + 1  # a kill may have torn the last line
+        self.file.truncate(whole_lines)
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def say(self, text: str, passing: bool = False) -> None:
-        """Prints a line; on a terminal, a passing one is overwritten by the next."""
-        if RANK == 0:
-            start, end = ("\r\x1b[K", "" if passing else "\n") if self.redraw else ("", "\n")
-            print(start + text, end=end, flush=True)
+            self.board = SummaryWriter(str(run))
 
-    def record(self, event: str, step: int, **values: object) -> None:
-        if RANK == 0:
-            print(json.dumps({"event": event, "step": step, **values}), file=self.file, flush=True)
-        for name, value in values.items() if self.board else ():
-            if isinstance(value, int | float):
-                self.board.add_scalar(f"{event}/{name}", value, step)
+    def __call__(self, event: str, step: int, **values: object) -> None:
+        if RANK > 0:
+            return
+        line = json.dumps({"event": event, "step": step, **values}, default=str)
+        print(line, file=self.file, flush=True)
+        shown = []
+        for key, value in values.items():
+            shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value!r}")
+            if self.board and isinstance(value, float):
+                self.board.add_scalar(f"{event}/{key}", value, step)
+        print(f"{event}, step {step}:", ", ".join(shown), flush=True)
 
 
-def save_atomically(content: object, path: Path) -> None:
-    """Writes beside `path`, flushes to the disk, renames: at any moment `path` is whole, old or new."""
-    temporary = path.with_name(path.name + ".tmp")
+def save(content: object, path: Path) -> None:
+    """Writes beside `path`, then renames: at any moment `path` is whole, old or new."""
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            file.write(whole.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        refuse(f"cannot write {path} ({error}); what was there before is unharmed", 1)
 
 
-def load_checkpoint(path: Path, identity: dict) -> dict | None:
-    """The checkpoint, None if there is none; refuses a damaged one and one of another run."""
-    if not path.exists():
-        return None
+def read(path: Path) -> dict:
+    """What `save` has written; verifies the checksums of the zip file, as torch.load does not."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Damage and misfit of a file have many names: each ends with one line."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        other = saved["identity"]
-    except Exception as error:  # a damaged file raises zip, pickle, key, type, end-of-file errors ...
-        refuse(f"{path} is damaged or not a checkpoint of this script ({type(error).__name__}): move it away")
-    changed = [f"{k} {other.get(k)} there, {v} now" for k, v in identity.items() if other.get(k) != v]
-    if changed:
-        refuse(f"{path} is of another run ({'; '.join(changed)}): repeat its flags, or give a new --run-dir")
-    return saved
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        refuse(f"cannot use {path} ({reason}): is it whole, and of a run with the same flags?")
 
 
-def autocast(args: Args) -> torch.autocast:
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-    return torch.autocast(DEVICE.type, kind, enabled=kind is not None)
+def settings(args: Namespace) -> dict:
+    """What the weights depend on; a run may continue with other values of the rest."""
+    free = "data root run_dir eval compile workers save_every log_every probe_every probe_epochs"
+    free += " tensorboard ranks"
+    return {key: value for key, value in vars(args).items() if key not in free.split()}
 
 
-@torch.inference_mode()
-def features(net: nn.Module, images: Images, args: Args, epoch: int | None = None) -> tuple[Tensor, Tensor]:
-    """Features (N, d) in eval mode and labels (N,); each rank computes a share. Of centre crops, or with
-    `epoch` of random crops and flips, others in each epoch."""
-    recipe = replace(recipes(args)[0], jitter=0.0, gray=0.0, blur=0.0, solarize=0.0)
-    seed = None if epoch is None else args.seed + 1000 * epoch
-    batches = Batches(images, [recipe], 256, seed, shuffle=False)
+def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None:
+    state = {key: part.state_dict() for key, part in parts.items()}
+    if not all(value.isfinite().all() for value in state["model"].values()):
+        refuse(f"weights not finite at step {step}, not saved: lower --lr or use fp32", 1)
+    save({**state, "step": step, "settings": settings(args)}, path)
+
+
+def resume(path: Path, args: Namespace, parts: dict) -> int:
+    """Loads the checkpoint, if there is one, into `parts` on every rank; returns the steps done."""
+    with readable(path):
+        content = [read(path) if RANK == 0 and path.exists() else None]
+        if WORLD > 1:
+            dist.broadcast_object_list(content)
+        saved = content[0]
+        if saved is None:
+            return 0
+        for key, value in settings(args).items():
+            if saved["settings"][key] != value:
+                raise ValueError(f"{key} was {saved['settings'][key]} and is {value}")
+        if saved["step"] not in range(1, args.steps + 1):
+            raise ValueError(f"step {saved['step']}")
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+    return saved["step"]
+
+
+@torch.no_grad()
+def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
+    """(N, d) features of the images' centre crops, in eval mode; each rank computes a share."""
+    copy_buffers_of_rank_0(backbone)
+    backbone.eval()
+    x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
+    # Without a seed: centre crops in order, whole batches that the ranks deal out among them.
+    batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
-    net.eval()
-    width = net(torch.zeros(1, 3, args.image_size, args.image_size, device=DEVICE)).shape[1]
-    x = torch.zeros(len(images), width, device=DEVICE)
-    y = torch.zeros(len(images), dtype=torch.int64, device=DEVICE)
-    for step, (used, (view,)) in zip(steps, batches.stream(steps, DEVICE, args.workers), strict=True):
+    for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
         with autocast(args):
-            out = net(view.contiguous(memory_format=torch.channels_last)).float()
-        x[step * 256 :][: len(out)] = out
-        y[step * 256 :][: len(out)] = torch.from_numpy(used if images.labels is None else images.labels[used])
-    net.train()
-    for tensor in (x, y) if WORLD > 1 else ():
-        dist.all_reduce(tensor)
-    return x, y
+            x[rows] = backbone(view).float()
+    backbone.train()
+    x = sum_over_ranks(x)
+    if not x.isfinite().all():
+        refuse("the features are not finite: the weights are damaged, or --precision is too low")
+    return x
 
 
-def linear_probe(net: nn.Module, data: Data, args: Args) -> tuple[dict, Tensor, Tensor]:
-    """Accuracy on val of a linear classifier on frozen features, and the features of train and val.
+def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, float]:
+    """Accuracy on val, in per cent, of a linear classifier on frozen, standardised features.
 
-    Features are standardised. Eight learning rates are trained side by side, as one classifier of 8 C
-    outputs, on nine tenths of train; the best on the other tenth is reported, as it is after the last epoch.
+    Ten classifiers learn side by side on nine tenths of train, each at its own rate; the one that
+    is best on the other tenth is reported, as it is after the last epoch: val chooses nothing.
+    All ranks do the same.
     """
-    frozen = {name: value.clone() for name, value in net.state_dict().items()}
-    (raw, y), (raw_val, y_val) = (features(net, images, args) for images in (data.train, data.val))
-    mean, std, classes = raw.mean(0), raw.std(0) + 1e-6, int(y.max()) + 1
-
-    def standardised(raw: Tensor) -> Tensor:
-        x = raw.new_ones(len(raw), raw.shape[1] + 1)  # the last column makes the bias
-        torch.sub(raw, mean, out=x[:, :-1]).div_(std)
-        return x
-
-    def logits(x: Tensor) -> Tensor:
-        return (x @ weight).view(len(x), 8, classes)
-
-    order = torch.randperm(len(raw), generator=generator(args.seed, 3)).to(DEVICE)
-    held, kept = order[: max(1, len(raw) // 10)], order[max(1, len(raw) // 10) :]
-    batch = min(512, math.ceil(len(kept) / 4))
-    weight, per_epoch = raw.new_zeros(raw.shape[1] + 1, 8 * classes), len(kept) // batch
-    velocity, rates = torch.zeros_like(weight), torch.logspace(-3, 0.5, 8, device=DEVICE)
-    for step in range(args.probe_epochs * per_epoch):
-        epoch, i = divmod(step, per_epoch)
-        if i == 0:
-            order = kept[torch.randperm(len(kept), generator=generator(args.seed, 4, epoch)).to(DEVICE)]
-            x = features(net, data.train, args, epoch + 1)[0] if args.probe_augment else raw
-        rows = order[i * batch : (i + 1) * batch]
-        some = standardised(x.index_select(0, rows))  # not once for all: ImageNet's features are 10 GB
-        chances = logits(some).softmax(2).clamp_(min=1e-30)  # CPUs are slow with denormal numbers
-        error = chances.sub_(F.one_hot(y[rows], classes)[:, None])  # the gradient of cross-entropy
-        velocity.mul_(0.9).addmm_(some.T, error.flatten(1), alpha=1 / batch)
-        lr = lr_at(step, args.probe_epochs * per_epoch, 0, 1.0)
-        weight.addcmul_(velocity, rates.repeat_interleave(classes), value=-lr)
-    best = (logits(standardised(raw[held])).argmax(2) == y[held, None]).float().mean(0).argmax()
-    hits = logits(standardised(raw_val))[:, best].topk(min(5, classes)).indices == y_val[:, None]
-    assert all(torch.equal(frozen[k], v) for k, v in net.state_dict().items()), "the backbone changed"
-    top1, top5 = (100 * hits[:, :k].any(1).float().mean().item() for k in (1, 5))
-    return {"top1": top1, "top5": top5, "probe_lr": rates[best].item()}, raw, raw_val
-
-
-def thumbnails(images: Images, rows: np.ndarray, args: Args) -> Tensor:
-    stream = Batches(images, recipes(args)[:1], 1).stream(rows.tolist(), DEVICE)
-    return recipes(args)[0].restore(torch.cat([view for _, (view,) in stream])).cpu()
-
-
-def save_views(path: Path, originals: Tensor, model: nn.Module, views: list[Tensor], args: Args) -> None:
-    """A row for each image: the original, its two views, and the views as the backbone gets them."""
+    x, x_val = features(backbone, data.train, args), features(backbone, data.val, args)
+    y, y_val = (torch.from_numpy(part.labels).to(DEVICE) for part in (data.train, data.val))
+    std, mean = torch.std_mean(x, 0, correction=0)
+    for raw in (x, x_val):
+        raw.sub_(mean).div_(std + 1e-6)  # in place: those of ImageNet are 10 GB
+    classes = int(y.max()) + 1
+    rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
+    torch.manual_seed(args.seed)
+    heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
+    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), momentum=0.9)
+    shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
+    held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
+    for epoch in range(args.probe_epochs):
+        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
+        order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
+        for rows in kept[order.to(DEVICE)].split(min(512, len(kept) // 4 + 1)):
+            logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
+            losses = F.cross_entropy(logits, y[rows].repeat_interleave(10), reduction="none")
+            optimizer.zero_grad()
+            # To SGD r times the loss of a classifier is r times its learning rate.
+            (rates * losses.view(-1, 10).mean(0)).sum().backward()
+            optimizer.step()
     with torch.no_grad():
-        shown = [*views, *(model.fuse(*views, 0) if hasattr(model, "fuse") else ())]
-    shown = [recipes(args)[0].restore(view[: len(originals)]).cpu() for view in shown]
-    save_image(torch.stack([originals, *shown], 1).flatten(0, 1), path, nrow=len(shown) + 1)
+        best = (heads(x[held_out]).argmax(2) == y[held_out, None]).float().mean(0).argmax()
+        hits = heads(x_val)[:, best].topk(min(5, classes)).indices == y_val[:, None]
+    top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
+    return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
 
-def save_neighbours(path: Path, asked: Images, ax: Tensor, images: Images, x: Tensor, args: Args) -> None:
-    """Eight rows: an image of `asked`, then the eight of `images` whose features make the smallest angle."""
-    rows = np.linspace(0, len(asked) - 1, min(8, len(asked))).astype(int)
-    near = F.normalize(ax[rows], dim=1) @ F.normalize(x, dim=1).T
-    near = near.topk(min(8, len(x))).indices.cpu().numpy()
-    found = thumbnails(images, near.flatten(), args).unflatten(0, near.shape)
-    pictures = torch.cat([thumbnails(asked, rows, args)[:, None], found], 1)
-    save_image(pictures.flatten(0, 1), path, nrow=pictures.shape[1])
+def save_pictures(path: Path, columns: list[Tensor]) -> None:
+    """Eight rows, with a picture from each column (N, 3, H, W) of normalised views."""
+    if RANK == 0:
+        pictures = torch.stack([column[:8] for column in columns], 1).flatten(0, 1)
+        save_image(Augment().restore(pictures), path, nrow=len(columns))
 
 
-def update(net, optimizer, scaler, views, step, context) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimizer step on two views; returns the loss with its parts, and an embedding."""
-    with context:
-        loss, parts, z = net(*views, step)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return {name: value.detach() for name, value in {"loss": loss, **parts}.items()}, z.detach()
+def save_neighbours(
+    path: Path, backbone: nn.Module, queries: Images, images: Images, args: Namespace
+) -> None:
+    """Rows of a query and the images, of up to 5,000, whose features are nearest to its own."""
+
+    def some(images: Images, count: int) -> Images:  # spread evenly over all
+        return images.take(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+
+    queries, images = some(queries, 8), some(images, 5000)
+    q, x = features(backbone, queries, args), features(backbone, images, args)
+    nearest = (F.normalize(q) @ F.normalize(x).T).topk(min(8, len(x))).indices.cpu().numpy()
+    columns = []
+    for found in [queries, *(images.take(column) for column in nearest.T)]:
+        _, (pictures,) = next(Batches(found, [Augment(96)], len(found)).stream([0], DEVICE))
+        columns.append(pictures)
+    save_pictures(path, columns)
 
 
-# -------------------------------------------------------------------------------------------- main
+def evaluate(backbone: nn.Module, data: Data, args: Namespace, log: Log, step: int) -> None:
+    """neighbours.png, and the linear probe of the trained and of the untrained backbone."""
+    images = queries = data.pretrain
+    if data.train is not None:
+        images, queries = data.train, data.val
+        untrained = linear_probe(build_backbone(args), data, args)["top1"]
+        log("probe", step, **linear_probe(backbone, data, args), top1_untrained=untrained)
+    save_neighbours(Path(args.run_dir, "neighbours.png"), backbone, queries, images, args)
+
+
+def log_progress(log: Log, args: Namespace, done: int, history: list[dict], took: float, **more):
+    """Means over the steps of `history` and over the ranks, and the speed."""
+    values = {"epoch": done / args.epoch_steps}
+    for key in history[-1]:
+        mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
+        values[key] = sum_over_ranks(mean).item() / WORLD
+    speed = len(history) / took
+    values["images_per_s"] = speed * args.batch_size
+    values["seconds_left"] = (args.steps - done) / speed
+    log("train", done, **values, **more)
+    if values["std"] < 0.1:
+        log("warning", done, text="collapse: nearly the same embedding for all images")
+    if not math.isfinite(values["loss"]):
+        refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", 1)
+
+
+STOP = []  # gets the signal that asks this run to save and end
+PARENT = os.getppid()
+
+
+def note_signal(number: int, _: object) -> None:
+    STOP.append(number)
+    if "RANK" not in os.environ:  # a rank may get the same one from torchrun as well
+        set_signals(signal.SIG_DFL)  # the next one ends at once
+
+
+def set_signals(handler: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """The signal that any rank has received, or 0; the end of its torchrun counts as SIGHUP."""
+    if "RANK" in os.environ and os.getppid() != PARENT:  # orphaned
+        STOP.append(signal.SIGHUP)
+    number = torch.tensor(STOP[0] if STOP else 0)  # on the CPU, where gloo reduces it
+    if WORLD > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list[Tensor]:
+    try:
+        return next(stream)[1]
+    except DataError:
+        time.sleep(1)
+        if not STOP:
+            raise
+        # A signal to all processes has ended the data workers too: this step without them, to save.
+        return next(view_stream(range(step, step + 1), data, args, 0))[1]
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
+    """Trains, or continues, to the last step; leaves checkpoint.pt and backbone.pt."""
+    model = Method(backbone, args).to(DEVICE)  # holds the backbone, which later is changed in place
+    if WORLD > 1 and CUDA:  # on CPUs, for which it does not exist, each rank has its own statistics
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = build_optimizer(parameter_groups(model, args), args)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Path(args.run_dir)
+    start = resume(run / "checkpoint.pt", args, parts)
+    log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
+    if args.compile:
+        backbone.compile()
+    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    stream = view_stream(range(start, args.steps), data, args, args.workers)
+
+    history, began, waited = [], time.perf_counter(), 0.0
+    for step in range(start, args.steps):
+        asked = time.perf_counter()
+        views = next_views(stream, step, data, args)
+        waited += time.perf_counter() - asked
+        if step == 0:  # a row for each image
+            save_pictures(run / "views.png", views)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
+        # Networks with dropout draw from this; a continued run draws the same numbers.
+        torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
+
+        with autocast(args):
+            loss, others, z = parallel(*views, step)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        done = step + 1
+        # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
+        std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
+        values = {"loss": loss, **others, "std": std}
+        history.append({key: value.detach() for key, value in values.items()})
+        if done % args.log_every == 0 or done == args.steps:
+            took = time.perf_counter() - began
+            lr = optimizer.param_groups[0]["lr"]
+            log_progress(log, args, done, history, took, lr=lr, data_wait=waited / took)
+            history, began, waited = [], time.perf_counter(), 0.0
+        epoch_ends = done % args.epoch_steps == 0
+        stop = asked_to_stop()
+        if stop or epoch_ends or (args.save_every and done % args.save_every == 0):
+            if RANK == 0:
+                save_checkpoint(run / "checkpoint.pt", args, parts, done)
+        if stop:
+            log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
+            sys.exit(128 + stop)
+        if args.probe_every and data.train is not None and done < args.steps:
+            if done % (args.probe_every * args.epoch_steps) == 0:
+                log("probe", done, **linear_probe(backbone, data, args))
+                history, began, waited = [], time.perf_counter(), 0.0
+    if RANK == 0:
+        save(backbone.state_dict(), run / "backbone.pt")
 
 
 def main() -> None:
-    args, given = parse()
-    cuda = DEVICE.type == "cuda"
-    if cuda and DEVICE.index >= torch.cuda.device_count():
-        refuse(f"no {DEVICE}: there are {torch.cuda.device_count()} GPUs, lower --nproc_per_node", 1)
-    if WORLD > 1:  # CPU tensors, as the stop sign, travel by gloo; the time is for rank 0's download
-        torch.cuda.set_device(DEVICE) if cuda else None
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    if args.eval and (own := Path(args.eval).parent / "args.json").exists():
-        known = json.loads(own.read_text())  # the settings that the network was made with
-        given = {name: known[name] for name in ("arch", "stem", "image_size") if name in known} | given
-    data, failure = None, f"--data {args.data} cannot be loaded on every rank"
-    for turn in (True, False):  # rank 0 first: it downloads
-        try:
-            data = load_data(args.data, args.root) if turn == (RANK == 0) else data
-        except DataError as error:
-            failure = str(error)
-        if any_rank(data is None and turn == (RANK == 0)):
-            refuse(failure)
-    remark = settle(args, given, data)
-    name = f"{Path(__file__).stem}_{Path(args.data).resolve().name}_{args.seed}{'_eval' if args.eval else ''}"
-    run = Path(args.run_dir or f"runs/{name}")
-    run.mkdir(parents=True, exist_ok=True)
-    log = Log(run, args.tensorboard)
-    backbone, width = build_backbone(args)
-    top1_untrained = cache(lambda: linear_probe(build_backbone(args)[0], data, args)[0]["top1"])
-
-    def evaluate(step: int) -> None:
-        for buffer in backbone.buffers() if WORLD > 1 else ():
-            dist.broadcast(buffer, 0)  # running averages of batch norms that are not synchronised
-        if data.train is None:
-            log.say("no linear probe: the images have no labels")
-            images = asked = data.pretrain.take(np.arange(min(5000, len(data.pretrain))))
-            x = x_asked = features(backbone, images, args)[0]
-        else:
-            untrained = top1_untrained()  # first: its features are gone when those of the backbone come
-            (result, x, x_asked), images, asked = linear_probe(backbone, data, args), data.train, data.val
-            log.record("probe", step, **result, top1_untrained=untrained)
-            shown = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-            shown += f"; untrained network: top-1 {untrained:.2f} %"
-            log.say(f"linear probe, step {step}, {len(asked)} val images: {shown}")
-        if RANK == 0:
-            save_neighbours(run / "neighbours.png", asked, x_asked, images, x, args)
-
+    torch.set_flush_denormal(True)  # CPUs take twenty times as long for denormal numbers
+    set_signals(signal.SIG_DFL)  # only training has something to save
+    join_ranks()
+    args, data = configure()
+    backbone = build_backbone(args)
+    log = Log(args)
+    if data.train is None:
+        log("warning", 0, text="the images have no labels: no linear probe")
+    if args.precision == "fp16" and not CUDA:
+        log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
     if args.eval:
-        try:
-            backbone.load_state_dict(torch.load(args.eval, map_location="cpu", weights_only=True))
-        except Exception as error:  # no file, no weights, weights of another network
-            refuse(f"--eval {args.eval} does not hold a {args.arch} with stem {args.stem}: {error}")
-        return evaluate(0)
-
-    share, per_epoch = args.batch_size // WORLD, len(data.pretrain) // args.batch_size
-    steps, warmup = args.epochs * per_epoch, round(args.warmup_epochs * per_epoch)
-    peak = args.lr * (args.batch_size / 256) ** (0.5 if args.optimizer == "adamw" else 1)
-    model = net = Method(backbone, width, args, share).to(DEVICE)
-    if args.compile:
-        backbone.compile()
-    if WORLD > 1:  # SyncBatchNorm exists for CUDA only: on CPUs each rank normalises by its own share
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
-        net = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
-    groups = [group for group in param_groups(model, args, peak) if group["params"]]
-    kinds = {"lars": LARS, "sgd": partial(torch.optim.SGD, momentum=0.9, fused=True)}
-    kinds |= {"adamw": partial(torch.optim.AdamW, fused=True)}
-    optimizer = kinds[args.optimizer](groups, peak)
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
-
-    settings, path, start = asdict(args), run / "checkpoint.pt", 0
-    free = "root run_dir eval compile workers save_every log_every probe_every probe_epochs probe_augment"
-    free += " tensorboard"  # what may change when a run continues
-    identity = {name: value for name, value in settings.items() if name not in free.split()}
-    identity |= {"script": Path(__file__).stem, "images": len(data.pretrain)}
-    if saved := load_checkpoint(path, identity):
-        try:
-            model.load_state_dict(saved["model"], strict=True)
-        except RuntimeError as error:
-            refuse(f"{path} does not fit {WORLD} ranks, continue with as many as it was made with: {error}")
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        start = saved["step"]
-    first_rank = torch.tensor(start)
-    dist.broadcast(first_rank, 0) if WORLD > 1 else None
-    if any_rank(start != first_rank.item()):
-        refuse(f"{path} is not the same for all ranks: --run-dir must be a folder that the machines share")
-    view1, view2 = recipes(args)
-    log.say(f"{remark}, {type(data.pretrain).__name__}")
-    log.say(" ".join(f"{name}={value}" for name, value in settings.items()))
-    log.say(f"view 1: {view1}\nview 2: {'the same' if view1 == view2 else view2}")
-    log.say(f"{args.arch}, stem {args.stem}, {width} features, {args.precision} on {DEVICE}")
-    for g in groups:
-        log.say(f"{sum(map(torch.numel, g['params'])):,} {g['name']}: peak learning rate {g['peak']:.3g}")
-    log.say(f"{WORLD} x {share} images a step, {steps} steps, chance loss {chance_loss(args):.3f}, in {run}")
-    log.say(f"continuing after step {start}" if start else "starting")
-    log.record("args", start, **settings, ranks=WORLD, device=str(DEVICE))
-    if RANK == 0:
-        (run / "args.json").write_text(json.dumps(settings, indent=1))
-
-    stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: stop.append(number))
-    batches = Batches(data.pretrain, (view1, view2), args.batch_size, args.seed, RANK, WORLD)
-    stream = batches.stream(range(start, steps), DEVICE, args.workers)
-    since, first, waited, sums = time.perf_counter(), start, 0.0, {}
-    for step in range(start, steps):
-        asked = time.perf_counter()
-        rows, views = next(stream)
-        waited += time.perf_counter() - asked
-        if step == 0 and RANK == 0:
-            save_views(run / "views.png", thumbnails(data.pretrain, rows[:8], args), model, views, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, steps, warmup, group["peak"])
-        torch.manual_seed(generator(args.seed, step, 5, RANK).initial_seed())  # for networks with dropout
-        values, z = update(net, optimizer, scaler, views, step, autocast(args))
-        sums = {name: sums.get(name, 0) + value for name, value in values.items()}
-        done, stopping = step + 1, any_rank(bool(stop))
-        ends, logs = done % per_epoch == 0, done % args.log_every == 0 or done == steps
-        saves = ends or stopping or (args.save_every and done % args.save_every == 0)
-        if saves or logs:
-            size = sum(torch._foreach_norm([p.detach() for p in model.parameters()])) + sums["loss"]
-            if any_rank(not math.isfinite(size)):
-                refuse(f"loss or weights not finite at step {done}, not saved: lower --lr or use fp32", 1)
-        if logs:
-            means = torch.stack(list(sums.values())) / (done - first) / WORLD
-            if WORLD > 1:
-                dist.all_reduce(means)
-            took, lr = time.perf_counter() - since, optimizer.param_groups[0]["lr"]
-            record = {"epoch": done / per_epoch, **dict(zip(sums, means.tolist(), strict=True)), "lr": lr}
-            record |= {"images_per_s": (done - first) * args.batch_size / took, "data_wait": waited / took}
-            record["std"] = (F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5).item()
-            record["seconds_left"] = (steps - done) * took / (done - first)
-            log.record("train", done, **record)
-            line = " ".join(f"{name} {value:.4g}" for name, value in record.items())
-            line += " COLLAPSE: nearly the same embedding for all images" if record["std"] < 0.1 else ""
-            log.say(f"step {done}/{steps} {line}", passing=done < steps)
-            since, first, waited, sums = time.perf_counter(), done, 0.0, {}
-        if saves and RANK == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"scaler": scaler.state_dict(), "step": done, "identity": identity}
-            save_atomically(state, path)
-        if stopping:
-            return log.say(f"stopped by a signal after step {done}; the same command continues there")
-        if args.probe_every and done < steps and done % (args.probe_every * per_epoch) == 0:
-            begin = time.perf_counter()
-            evaluate(done)
-            since += time.perf_counter() - begin
-    if RANK == 0:
-        save_atomically(backbone.state_dict(), run / "backbone.pt")
-    return evaluate(steps)
+        with readable(args.eval):
+            backbone.load_state_dict(read(args.eval))
+        return evaluate(backbone, data, args, log, 0)
+    set_signals(note_signal)
+    train(backbone, data, args, log)
+    set_signals(signal.SIG_DFL)
+    if STOP:  # it came after the last step
+        sys.exit(128 + STOP[0])
+    return evaluate(backbone, data, args, log, args.steps)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
-        refuse(str(error), 2 if isinstance(error, DataError) and WORLD == 1 else 1)
-    if WORLD > 1:
+    except (DataError, OSError, ImportError) as error:
+        refuse(str(error), 1)
+    except RuntimeError as error:
+        if "memory" in str(error):
+            refuse(f"{error}: lower --batch-size or --image-size", 1)
+        if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently
+            time.sleep(5)
+        if STOP:
+            sys.exit(128 + STOP[0])
+        raise
+    if dist.is_initialized():
         dist.destroy_process_group()

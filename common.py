@@ -1,21 +1,24 @@
-"""Data, augmentation and losses of the five trainers. No file here imports another of the project.
+"""Data, augmentation and losses of the five trainers: all that they share.
 
-- **Data**: `load_data` finds the images, `Batches` serves them, from memory or from disk.
-- **Augmentation**: `Augment`, batched, on the training device, random per sample.
-- **Losses**: `nt_xent`, `info_nce`, `byol_loss`, `barlow_twins`, `dimcl`, and `gather` for several ranks.
+1. Data: `load_data` finds the images, `Batches` serves them as views, from memory or from disk.
+2. Augmentation: `Augment` is the settings of one view; `SIMCLR`, `MOCO_V2`, `BYOL_VIEWS` are the
+   published ones. All operations work on whole batches, on the device that trains.
+3. Losses: `nt_xent`, `info_nce`, `byol_loss`, `barlow_twins`, `dimcl`; `gather` for several ranks.
 
-Whatever is random is a pure function of (seed, step, view): see `generator`. Nothing has to be saved in
-order to continue a run, and neither the number of workers nor that of ranks changes a batch.
+Whatever is random is a pure function of (seed, step, view): see `generator`. So nothing random has
+to be saved to continue a run, and neither the number of workers nor that of ranks changes a batch.
 """
 
+import copy
+import hashlib
 import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import permutations
@@ -27,26 +30,35 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
-# torchvision announces the end of its decoder at every image; `OnDisk.read` can do with Pillow, more slowly.
+# torchvision 0.29 announces the end of its decoder at every image. Pillow will do, more slowly.
 warnings.filterwarnings("ignore", message=".*decoding.*deprecated", module="torchvision")
 
 
-def generator(*key: int) -> torch.Generator:
-    """A CPU random generator whose numbers are a pure function of `key`, integers of at least 0.
+def generator(*key: int | str) -> torch.Generator:
+    """A random generator on the CPU whose numbers are a pure function of `key`.
 
-    Always on the CPU: the host then knows which samples an operation concerns and never has to ask the
-    device, and a run draws the same numbers on every kind of device.
+    The strings of a key name what the numbers are for: generator(seed, "order", epoch). The
+    generator is never on a GPU, so that a run draws the same numbers on every kind of device, and
+    the host knows which samples an operation concerns without asking the device.
     """
-    sequence = np.random.SeedSequence((*key, len(key)))  # the length, because it drops zeros at the end
-    return torch.Generator().manual_seed(sequence.generate_state(1, np.uint64).item() >> 1)
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Copies to `device`; towards a GPU through pinned memory, because other copies wait for the device."""
+    """Copies to `device`; to a GPU through pinned memory: other copies wait for the device."""
     tensor = torch.as_tensor(array)
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -54,15 +66,27 @@ def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ data
+#
+# A source of images is an InMemory, or an OnDisk or a subclass of it. For another store (zip, LMDB)
+# subclass OnDisk, write `read` (called in data workers) and return it from `load_data`, in a branch
+# beside `shapes`; `files` may hold whatever names an image there. For another file format, add its
+# ending to ENDINGS and what decodes it to `_decode`.
 
 
 class DataError(ValueError):
     """Images that are absent or unusable. The message is one line, written for the user."""
 
 
+def _crc32(images: np.ndarray, labels: np.ndarray | None) -> int:
+    checksum = zlib.crc32(np.ascontiguousarray(images))
+    if labels is None:
+        return checksum
+    return zlib.crc32(np.ascontiguousarray(labels), checksum)
+
+
 @dataclass
 class InMemory:
-    """Images of one size in one tensor: `pixels` (N, 3, H, W) uint8, `labels` (N,) int64 or None."""
+    """Images of one size: `pixels` (N, 3, H, W) uint8, one tensor; `labels` (N,) int64 or None."""
 
     pixels: Tensor
     labels: np.ndarray | None = None
@@ -73,44 +97,30 @@ class InMemory:
     def take(self, rows: np.ndarray) -> "InMemory":
         """The images at `rows`."""
         labels = None if self.labels is None else self.labels[rows]
-        return InMemory(self.pixels[torch.from_numpy(rows)], labels)
+        return InMemory(self.pixels[torch.as_tensor(rows)], labels)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of some of the images, in pixels; here all have the same."""
+        """Height and width in pixels, shared by all images. The trainers choose presets by it."""
         return [tuple(self.pixels.shape[2:])]
 
-
-def _decode(path: str) -> Tensor:
-    """(3, H, W) uint8; whatever it raises says that the file is no image."""
-    if path.lower().endswith(".png"):  # a damaged one crashes torchvision; Pillow would clip 16 bits to white
-        with open(path, "rb") as file:
-            if file.read(25)[24:] != b"\x10":
-                return pil_to_tensor(datasets.folder.default_loader(path))
-    try:
-        pixels = decode_image(path, mode=ImageReadMode.RGB)
-    except RuntimeError:  # a format that torchvision has no decoder for (BMP, TIFF)
-        pixels = pil_to_tensor(datasets.folder.default_loader(path))
-    pixels = pixels if pixels.ndim == 3 else pixels[0]  # an animation's first image
-    return (pixels.int() >> 8).byte() if pixels.dtype == torch.uint16 else pixels
-
-
-def _ignore_signals(_: int) -> None:
-    # torchrun passes a SIGTERM on to all processes; the trainer, not its workers, decides what follows.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    @property
+    def checksum(self) -> int:
+        """Of pixels and labels. A checkpoint is continued only with images of equal checksum."""
+        return _crc32(self.pixels.cpu().numpy(), self.labels)
 
 
 class OnDisk:
     """Image files below `folder`, decoded anew each time they are shown.
 
-    files: (N,) array of bytes, paths relative to `folder`. One array and not a list of strings: workers
-    share its memory, where touching a list's reference counts would copy it into each of them.
-    labels: (N,) int64 or None.
+    files: (N,) array of dtype S (bytes), paths relative to `folder`. Workers share its memory; that
+    of a list they would copy, by counting references. labels: (N,) int64 or None.
     """
 
     def __init__(self, folder: str | Path, files: np.ndarray, labels: np.ndarray | None = None):
-        self.folder, self.files, self.labels = os.fsencode(folder), files, labels
+        self.folder = os.fsencode(folder)
+        self.files = files
+        self.labels = labels
         self.broken: set[int] = set()
 
     def __len__(self) -> int:
@@ -118,47 +128,80 @@ class OnDisk:
 
     def take(self, rows: np.ndarray) -> "OnDisk":
         """The images at `rows`."""
-        return OnDisk(self.folder, self.files[rows], None if self.labels is None else self.labels[rows])
-
-    def path(self, index: int) -> str:
-        return os.fsdecode(os.path.join(self.folder, self.files[index]))
+        taken = copy.copy(self)  # with whatever a subclass has added
+        taken.files = self.files[rows]
+        taken.labels = None if self.labels is None else self.labels[rows]
+        taken.broken = set()
+        return taken
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of up to 16 images spread evenly over the files, in pixels."""
+        """Height and width in pixels of up to 16 images, spread evenly over the files."""
         some = np.linspace(0, len(self) - 1, min(16, len(self))).astype(int)
-        return [tuple(self.read(i)[1].shape[1:]) for i in some]
+        return [tuple(self.read(i)[0].shape[1:]) for i in some]
 
-    def read(self, index: int) -> tuple[int, Tensor, list[int]]:
-        """Decodes image `index`, or in place of an unreadable one the next that can be read.
+    @property
+    def checksum(self) -> int:
+        """Of the files' names below the folder and the labels; the files are not read."""
+        return _crc32(self.files, self.labels)
 
-        Returns the index of the image that was read, its pixels (3, H, W) uint8, the unreadable indices.
+    def path(self, index: int) -> str:
+        """Where image `index` lies."""
+        return os.fsdecode(os.path.join(self.folder, self.files[index]))
+
+    def read(self, index: int) -> tuple[Tensor, list[int]]:
+        """Pixels (3, H, W) uint8 of image `index`, and the images that proved unreadable.
+
+        In place of an unreadable image the next readable one is given: in the order of the files it
+        is nearly always one of the same class. Raises DataError after a hundred unreadable ones.
         """
-        failed = []
+        unreadable = []
         for i in range(index, index + 100):
-            path = self.path(i % len(self))
+            i %= len(self)
             try:
-                return i % len(self), _decode(path), failed
+                return _decode(self.path(i)), unreadable
             except Exception:  # decoders have many words for a broken file
-                failed.append(i % len(self))
-        raise DataError(f"{self.path(index)} and the 99 files after it cannot be read as images")
+                unreadable.append(i)
+        raise DataError(f"{self.path(index)!r} and the 99 files after it can't be read as images")
 
-    def note_broken(self, failed: Iterable[int]) -> None:
-        """Names each unreadable file once; more than 1 % of them is an error."""
-        for i in set(failed) - self.broken:
+    def note_broken(self, unreadable: list[int]) -> None:
+        """Names each unreadable file once, on stderr. DataError: above 1 % and above one."""
+        for i in sorted(set(unreadable) - self.broken):
             self.broken.add(i)
-            print(f"unreadable image, replaced by the next one: {self.path(i)}", file=sys.stderr, flush=True)
-        if len(self.broken) > 0.01 * len(self):
-            found = f"{len(self.broken)} of {len(self)} images in {os.fsdecode(self.folder)}"
-            last = self.path(max(self.broken))
-            raise DataError(f"{found} cannot be read (limit 1 %), the last one {last}: remove or repair them")
+            line = f"unreadable image, replaced by the next one: {self.path(i)!r}"
+            print(line, file=sys.stderr, flush=True)
+        if len(self.broken) > max(1, 0.01 * len(self)):
+            found = f"{len(self.broken)} of {len(self)} images in {os.fsdecode(self.folder)!r}"
+            last = f"the last one {self.path(max(self.broken))!r}"
+            raise DataError(f"{found} can't be read (limit 1 %), {last}: remove or repair them")
 
 
 Images = InMemory | OnDisk
 
 
+def _decode(path: str) -> Tensor:
+    """(3, H, W) uint8; whatever it raises says that the file is no image."""
+    if path.lower().endswith(".png"):
+        return _decode_by_pillow(path)  # torchvision's decoder ends the process at a damaged PNG
+    try:
+        pixels = decode_image(path, mode=ImageReadMode.RGB)
+    except RuntimeError:  # torchvision has no decoder for BMP, TIFF and others
+        return _decode_by_pillow(path)
+    return pixels[0] if pixels.ndim == 4 else pixels  # of an animated GIF the first image
+
+
+def _decode_by_pillow(path: str) -> Tensor:
+    from PIL import Image  # comes with torchvision
+
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip to white
+            gray = (np.asarray(image) >> 8).astype(np.uint8)
+            return torch.from_numpy(gray).repeat(3, 1, 1)
+        return pil_to_tensor(image.convert("RGB"))
+
+
 class Data(NamedTuple):
-    """`pretrain`: images without regard to labels; `train`, `val`: labelled, for the probe, or None."""
+    """`pretrain`: images for training; `train`, `val`: labelled ones for the probe, or None."""
 
     pretrain: Images
     train: Images | None
@@ -167,248 +210,416 @@ class Data(NamedTuple):
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded images that a folder may take in memory
 ARCHIVES = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
+NAMED_FOLDERS = ("imagenet", "imagenet100")
+ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
 
 
 def load_data(name_or_path: str, root: str = "data") -> Data:
     """Finds the images that `name_or_path` stands for.
 
-    Names: `shapes` (drawn, no files), `cifar10`, `cifar100`, `stl10` (downloaded into `root` by torchvision,
-    checksums verified), `imagenet`, `imagenet100` (folders `train/` and `val/` under `root/NAME`). Anything
-    else is a path: `train/` and `val/` with class folders; class folders alone, of which a fixed tenth is
-    held out as `val` and from `pretrain`; or images in any arrangement, without labels. Raises DataError.
+    Names: `shapes` (drawn, no files); `cifar10`, `cifar100`, `stl10` (downloaded into `root` by
+    rank 0, checksums verified); `imagenet`, `imagenet100` (folders `train/` and `val/` under
+    `root/NAME`). Anything else is a path: `train/` and `val/` with class folders; class folders
+    alone, of which a fixed tenth is held out as `val` and from `pretrain`; or images in any
+    arrangement, without labels. Raises DataError.
     """
+    names = ", ".join(["shapes", *ARCHIVES, *NAMED_FOLDERS])
+    if name_or_path == "":
+        raise DataError(f"the name of the data is empty: give a folder of images or one of {names}")
     if name_or_path == "shapes":
-        train, val = _shapes(4096, seed=0), _shapes(1024, seed=2)  # seed 1 served to choose the presets
+        train = _shapes(4096, seed=0)
+        val = _shapes(1024, seed=2)  # seed 1 served to choose the presets
         return Data(train, train, val)
     if name_or_path in ARCHIVES:
         return _archive(name_or_path, root)
-    folder = Path(root, name_or_path) if name_or_path in ("imagenet", "imagenet100") else Path(name_or_path)
-    if not folder.is_dir():
-        names = ", ".join(["shapes", *ARCHIVES, "imagenet", "imagenet100"])
-        raise DataError(f"no folder {folder}: --data takes a folder of images or one of {names}")
-    if not (folder / "train").is_dir():
-        images, _ = _list_images(folder)
-        if images.labels is None:
-            return Data(_hold(images), None, None)
-        mixed = np.random.default_rng(0).permutation(len(images))
-        tenth = math.ceil(len(images) / 10)
-        train, val = images.take(np.sort(mixed[tenth:])), images.take(np.sort(mixed[:tenth]))
-    elif not (folder / "val").is_dir():
-        raise DataError(f"{folder} has train/ but no val/: add val/, or pass --data {folder / 'train'}")
-    else:
-        train, classes = _list_images(folder / "train")
-        val, val_classes = _list_images(folder / "val")
-        odd = sorted(set(val_classes) - set(classes))
-        if odd or not classes or not val_classes:
-            found = f"{odd[:3]} only in val" if odd else f"{len(classes)} and {len(val_classes)} found"
-            raise DataError(f"{folder}/train and {folder}/val need class folders, the same in both: {found}")
-        val.labels = np.array([classes.index(c) for c in val_classes])[val.labels]
+    folder = Path(root, name_or_path) if name_or_path in NAMED_FOLDERS else Path(name_or_path)
+    if not os.path.isdir(folder):
+        wanted = f"--data takes a folder of images or one of {names}"
+        raise DataError(f"no folder {str(folder)!r}: {wanted}")
+    if os.path.isdir(folder / "train"):
+        return _train_and_val(folder)
+    images, classes = _list_images(folder)
+    if not classes:
+        return Data(_hold(images), None, None)
+    mixed = np.random.default_rng(0).permutation(len(images))
+    tenth = math.ceil(len(images) / 10)
+    train = _hold(images.take(np.sort(mixed[tenth:])))
+    return Data(train, train, _hold(images.take(np.sort(mixed[:tenth]))))
+
+
+def _train_and_val(folder: Path) -> Data:
+    """Class folders in folder/train and in folder/val; val may lack some of the classes."""
+    if not os.path.isdir(folder / "val"):
+        found = f"{str(folder)!r} has train/ but no val/"
+        raise DataError(f"{found}: add val/, or pass --data {str(folder / 'train')!r}")
+    train, classes = _list_images(folder / "train")
+    val, val_classes = _list_images(folder / "val")
+    wanted = f"train/ and val/ in {str(folder)!r} need class folders, the same in both"
+    unknown = sorted(set(val_classes) - set(classes))
+    if unknown or not classes or not val_classes:
+        found = f"{len(classes)} and {len(val_classes)}"
+        raise DataError(f"{wanted}: found {found}, of which only in val: {unknown[:3]}")
+    number_in_train = np.array([classes.index(name) for name in val_classes])
+    val.labels = number_in_train[val.labels]
     train = _hold(train)
     return Data(train, train, _hold(val))
 
 
 def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
-    """The images of a folder and its classes. Labels exist where all images lie in at least two folders
-    directly below `folder`, as in ImageFolder; any other arrangement has none."""
-    top, files = os.fsencode(folder), []
-    endings = tuple(e.encode() for e in datasets.folder.IMG_EXTENSIONS)
-    for where, below, names in os.walk(top, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(b".")]
-        prefix = os.path.relpath(where, top) + b"/" if where != top else b""
-        # A leading dot marks what the system keeps beside the images, such as macOS's ._name.jpg.
-        files += [prefix + n for n in names if n.lower().endswith(endings) and not n.startswith(b".")]
+    """The images of a folder and the names of its classes.
+
+    Labels exist where all images lie in at least two folders directly below `folder`, as in
+    ImageFolder; any other arrangement has no labels and no classes.
+    """
+    try:
+        files = sorted(_find_files(os.fsencode(folder)))
+    except OSError as error:
+        raise DataError(f"can't list {os.fsdecode(error.filename)!r}: {error.strerror}") from error
     if not files:
-        raise DataError(f"no images in {folder}: looked for {', '.join(datasets.folder.IMG_EXTENSIONS)}")
-    files.sort()
-    folders, labels = np.unique([file.rpartition(b"/")[0] for file in files], return_inverse=True)
-    if len(folders) < 2 or not all(folders) or any(b"/" in name for name in folders):
-        return OnDisk(folder, np.array(files)), []
-    return OnDisk(folder, np.array(files), labels), [os.fsdecode(name) for name in folders]
+        raise DataError(f"no images in {str(folder)!r}: looked for {', '.join(ENDINGS)}")
+    folders, labels = np.unique([os.path.dirname(file) for file in files], return_inverse=True)
+    classes = [os.fsdecode(name) for name in folders if name and b"/" not in name]
+    if len(classes) > 1 and len(classes) == len(folders):
+        return OnDisk(folder, np.array(files), labels), classes
+    if len(classes) > 1 and _ranks()[0] == 0:
+        stray = [os.fsdecode(file) for file in files if file.count(b"/") != 1]
+        found = f"{len(stray)} of {len(files)} images lie outside of the class folders"
+        line = f"{found}, such as {stray[0]!r}: all images count as unlabelled"
+        print(line, file=sys.stderr, flush=True)
+    return OnDisk(folder, np.array(files)), []
+
+
+def _find_files(top: bytes) -> list[bytes]:
+    """Image files below `top`, relative to it. Raises OSError for a folder that can't be read.
+
+    Links are followed, but each folder is visited once, where it lies nearest to `top`: links may
+    form loops. A leading dot marks what a system keeps beside the images, as macOS its ._name.jpg.
+    """
+    endings = tuple(ending.encode() for ending in ENDINGS)
+    found, visited, waiting = [], set(), [b""]
+    while waiting:
+        folder = waiting.pop(0)  # breadth first
+        status = os.stat(os.path.join(top, folder))
+        identity = status.st_dev, status.st_ino
+        if identity in visited:
+            continue
+        visited.add(identity)
+        with os.scandir(os.path.join(top, folder)) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(os.path.join(folder, entry.name))
+                elif entry.name.lower().endswith(endings):
+                    found.append(os.path.join(folder, entry.name))
+    return found
 
 
 def _hold(images: OnDisk) -> Images:
-    """Decodes the images into memory if they are of one size and fit MEMORY_LIMIT."""
-    sizes, failed = set(images.sizes), []
+    """The images decoded into memory if they are of one size and fit MEMORY_LIMIT."""
+    sizes = set(images.sizes)
     height, width = next(iter(sizes))
     if len(sizes) > 1 or 3 * height * width * len(images) > MEMORY_LIMIT:
         return images
-    pixels, rows = torch.empty(len(images), 3, height, width, dtype=torch.uint8), np.arange(len(images))
+    pixels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
+    broken = []
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        for i, (rows[i], image, bad) in enumerate(pool.map(images.read, range(len(images)))):
+        decoded = pool.map(images.read, range(len(images)))
+        for i, (image, unreadable) in enumerate(decoded):
             if image.shape != pixels.shape[1:]:
                 pool.shutdown(cancel_futures=True)
                 return images
             pixels[i] = image
-            failed += bad
-    images.note_broken(failed)
-    return InMemory(pixels, None if images.labels is None else images.labels[rows])
+            broken += unreadable
+    images.note_broken(broken)
+    return InMemory(pixels, images.labels)
 
 
 def _archive(name: str, root: str) -> Data:
+    """A data set of torchvision's. Rank 0 downloads it; the others wait, and learn if it failed."""
+    rank, world = _ranks()
     kind = ARCHIVES[name]
+    reason = ""
+    if rank == 0:
+        try:
+            kind(root, download=True)
+        except (OSError, RuntimeError) as error:
+            reason = str(error) or type(error).__name__
+    failed = torch.tensor(len(reason))
+    if world > 1:
+        dist.all_reduce(failed)  # on the CPU, for which the trainers' process group has gloo
+    if not failed:
+        try:
+            return _read_archive(kind, root)
+        except (OSError, RuntimeError) as error:
+            reason = str(error)
+    reason = " ".join(reason.split()) or "rank 0 failed"
+    archive = f"{kind.url} (MD5 checksum {kind.tgz_md5})"
+    place = str(Path(root, kind.filename))
+    raise DataError(f"can't get {name} ({reason}): place {archive} as {place!r}")
 
+
+def _read_archive(kind: type, root: str) -> Data:
     def part(**split) -> InMemory:
-        data = kind(root, download=True, **split)
-        pixels = data.data if name == "stl10" else np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
-        labels = data.labels if name == "stl10" else data.targets
-        return InMemory(torch.from_numpy(pixels), np.asarray(labels, np.int64))
+        data = kind(root, **split)
+        if kind is datasets.STL10:
+            return InMemory(torch.from_numpy(data.data), np.asarray(data.labels, np.int64))
+        pixels = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
+        return InMemory(torch.from_numpy(pixels), np.asarray(data.targets, np.int64))
 
-    try:
-        if name != "stl10":
-            train, val = part(train=True), part(train=False)
-            return Data(train, train, val)
-        train, val, more = part(split="train"), part(split="test"), part(split="unlabeled")
-        return Data(InMemory(torch.cat([more.pixels, train.pixels])), train, val)
-    except (OSError, RuntimeError) as error:
-        place = f"place {kind.url} (MD5 checksum {kind.tgz_md5}) as {Path(root, kind.filename)}"
-        raise DataError(f"cannot get {name} ({' '.join(str(error).split())}): {place}") from error
+    if kind is datasets.STL10:
+        train, val, unlabelled = part(split="train"), part(split="test"), part(split="unlabeled")
+        return Data(InMemory(torch.cat([unlabelled.pixels, train.pixels])), train, val)
+    train, val = part(train=True), part(train=False)
+    return Data(train, train, val)
+
+
+# The ten classes of drawn shapes: about the distance of (x, y) from the edge, negative within.
+
+
+def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
+    return np.maximum(abs(x) - width, abs(y) - height)
+
+
+_FIGURES = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.8,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,
+    "square": lambda x, y: _box(x, y, 0.7, 0.7),
+    "frame": lambda x, y: abs(_box(x, y, 0.65, 0.65)) - 0.15,
+    "triangle": lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.9, 0.25), _box(x, y, 0.25, 0.9)),
+    "star": lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
+    "bar": lambda x, y: _box(x, y, 1.0, 0.22),
+    "two dots": lambda x, y: np.hypot(abs(x) - 0.55, y) - 0.38,
+}
 
 
 def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
-    """Ten classes of drawn shapes; colour, place, size, rotation, background, noise say nothing of the class.
+    """Drawn shapes; colour, place, size, rotation, background and noise say nothing of the class.
 
-    Shape f is where f(x, y) < 0, in coordinates that the sample has moved, turned and scaled. Colours are
-    pale: strong ones would tell images apart better than shapes do, and training would learn little else.
+    Colours are pale: strong ones would tell images apart better than shapes do, and training would
+    learn little else.
     """
     rng = np.random.default_rng(seed)
-    labels = np.arange(count) % 10
-    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
+    labels = np.arange(count) % len(_FIGURES)
 
     def draw(low: float, high: float, *shape: int) -> np.ndarray:
         return rng.uniform(low, high, (count, *shape)).astype(np.float32)
 
-    def box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
-        return np.maximum(abs(x) - width, abs(y) - height)
+    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled.
+    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
+    scale = draw(0.65, 0.95, 1, 1)
+    angle = draw(-np.pi / 2, np.pi / 2, 1, 1)
+    dx = grid - draw(-0.15, 0.15, 1, 1)
+    dy = grid[:, None] - draw(-0.15, 0.15, 1, 1)
+    x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
+    y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
 
-    scale, angle = draw(0.65, 0.95, 1, 1), draw(-np.pi / 2, np.pi / 2, 1, 1)
-    dx, dy = grid - draw(-0.15, 0.15, 1, 1), grid[:, None] - draw(-0.15, 0.15, 1, 1)
-    px = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
-    py = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
-    figures = (
-        lambda x, y: np.hypot(x, y) - 0.8,
-        lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,  # ring
-        lambda x, y: box(x, y, 0.7, 0.7),
-        lambda x, y: abs(box(x, y, 0.65, 0.65)) - 0.15,  # frame
-        lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,  # triangle
-        lambda x, y: np.minimum(box(x, y, 0.9, 0.25), box(x, y, 0.25, 0.9)),  # cross
-        lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),  # star
-        lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),  # crescent
-        lambda x, y: box(x, y, 1.0, 0.22),  # bar
-        lambda x, y: np.minimum(np.hypot(x - 0.55, y) - 0.38, np.hypot(x + 0.55, y) - 0.38),  # two dots
-    )
-    outside = np.empty_like(px)
-    for label, figure in enumerate(figures):
-        outside[label::10] = figure(px[label::10], py[label::10])
-    cover = np.clip(0.5 - outside * scale * size / 2, 0, 1)[:, None]  # about one pixel of soft edge
-    level, contrast = draw(0.15, 0.85, 1, 1, 1), draw(0.3, 0.6, 1, 1, 1)
+    distance = np.empty_like(x)
+    for label, figure in enumerate(_FIGURES.values()):
+        mine = labels == label
+        distance[mine] = figure(x[mine], y[mine])
+    cover = np.clip(0.5 - distance * scale * size / 2, 0, 1)  # about one pixel of soft edge
+    cover = cover[:, None]
+    level = draw(0.15, 0.85, 1, 1, 1)
+    contrast = draw(0.3, 0.6, 1, 1, 1)
     front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
-    image = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * px[:, None]
-    image += cover * (front - image) + 0.04 * rng.standard_normal(image.shape, np.float32)
+    back = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * x[:, None]
+    noise = 0.04 * rng.standard_normal(back.shape, np.float32)
+    image = back + (cover * (front - back) + noise)
     pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return InMemory(torch.from_numpy(pixels), labels)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # once an epoch, not at each step: there may be millions
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return torch.randperm(count, generator=generator(seed, epoch, 1 << 20)).numpy()
+    return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
+
+
+def _start_worker(_: int) -> None:
+    """Takes a data worker out of the trainer's group, to which terminals and torchrun send signals.
+
+    The trainer decides what follows from a signal. Its own handlers, which the worker has
+    inherited, would keep the worker from ending with it.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass
 class Batches(torch.utils.data.Dataset):
-    """The batches of a run: step -> images -> views, each a pure function of (seed, step).
+    """The batches of a run: step -> images -> views.
 
-    With a seed: step s of n = N // batch_size shows the images at s * batch_size ... of its epoch's order;
-    the remainder of an epoch is left out, and the ranks take consecutive shares of each batch. Not shuffled,
-    for evaluation: all images in order, the last batch smaller, no shares; without a seed, centre crops.
+    With a seed, for training: random views, a pure function of (seed, step, view). An epoch is
+    N // batch_size steps, which show the images in its own random order; the remainder is left out.
+    Rank r takes the r-th of `world` equal consecutive shares of each batch. batch_size must be a
+    multiple of `world` and at most N: the trainers check it.
+
+    Without a seed, for evaluation: centre crops of all images in their order, the last batch
+    smaller. Every rank gets the whole batch.
     """
 
     images: Images
-    recipes: Sequence["Augment"]
+    recipes: Sequence["Augment"]  # one for each view
     batch_size: int  # of all ranks together
     seed: int | None = None
     rank: int = 0
     world: int = 1
-    shuffle: bool = True
 
-    def plan(self, step: int) -> tuple[np.ndarray, list[np.ndarray | None]]:
-        """This rank's images at `step`, and for each recipe their rows of uniform numbers."""
-        count = self.batch_size
-        if self.shuffle and self.seed is not None:
-            epoch, place = divmod(step, len(self.images) // count)
-            order = _epoch_order(len(self.images), self.seed, epoch)
-        else:
-            place, order = step, np.arange(len(self.images))
-        rows = order[place * count :][:count]
-        share = len(rows) // self.world
-        mine = slice(self.rank * share, (self.rank + 1) * share)
+    def rows(self, step: int) -> np.ndarray:
+        """Which images this rank shows at `step`."""
         if self.seed is None:
-            return rows[mine], [None] * len(self.recipes)
-        # Drawn for the whole batch: it is the same for any number of ranks.
-        keys = (generator(self.seed, step, view) for view in range(len(self.recipes)))
-        return rows[mine], [r.draw(count, key)[mine] for r, key in zip(self.recipes, keys, strict=True)]
+            start = step * self.batch_size
+            return np.arange(start, min(start + self.batch_size, len(self.images)))
+        epoch, place = divmod(step, len(self.images) // self.batch_size)
+        order = _epoch_order(len(self.images), self.seed, epoch)
+        start = place * self.batch_size
+        return order[start : start + self.batch_size][self._share()]
 
-    def __getitem__(self, step: int) -> tuple[Tensor, np.ndarray, list[int]]:
-        """Worker's part for images on disk: decodes each file once, crops all its views, as uint8."""
-        rows, draws = self.plan(step)
-        used, failed, size = rows.copy(), [], self.recipes[0].size
-        crops = torch.empty(len(self.recipes), len(rows), size, size, 3, dtype=torch.uint8)
-        for first in range(0, len(rows), 8):  # few, because decoded images are large
-            part = slice(first, min(first + 8, len(rows)))
-            used[part], images, bad = zip(*(self.images.read(int(row)) for row in rows[part]), strict=True)
-            failed += sum(bad, [])
-            height, width = np.array([image.shape[1:] for image in images]).T
-            for recipe, draw, out in zip(self.recipes, draws, crops[:, part], strict=True):
-                boxes, flips = recipe.boxes(None if draw is None else draw[part], height, width)
-                for x, (top, left, h, w), flip, crop in zip(images, boxes.tolist(), flips, out, strict=True):
-                    view = x.permute(1, 2, 0)[None, top : top + h, left : left + w].permute(0, 3, 1, 2)
-                    view = F.interpolate(view, (size, size), mode="bilinear", antialias=True)
-                    view = view[0].permute(1, 2, 0)  # as decoders and resizing have it: colours innermost
-                    crop.copy_(view.flip(1) if flip else view)
-            del images  # before the next are decoded
-        return crops.permute(0, 1, 4, 2, 3), used, failed
+    def _share(self) -> slice:
+        share = self.batch_size // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
 
-    def stream(
-        self, steps: Sequence[int], device: torch.device, workers: int = 0
-    ) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
-        """Yields for each step the image indices and, for each recipe, a view (B, 3, size, size), normalised.
+    def _numbers(self, step: int) -> list[np.ndarray | None]:
+        """The random numbers of this rank's samples, for each view; without a seed None."""
+        if self.seed is None:
+            return [None] * len(self.recipes)
+        numbers = []
+        for view, recipe in enumerate(self.recipes):
+            # Drawn for the whole batch, which is thus the same for any number of ranks.
+            drawn = recipe.draw(self.batch_size, generator(self.seed, "view", step, view))
+            numbers.append(drawn[self._share()])
+        return numbers
 
-        Images in memory move to `device` for good. Images on disk are decoded by `workers` processes, which
-        work ahead without a pause between epochs.
+    def stream(self, steps: Sequence[int], device: torch.device, workers: int = 0) -> Iterator:
+        """Yields for each step the image indices (B,), those of `rows`, and a list of the views.
+
+        A view, one for each recipe, is (B, 3, size, size) float32, normalised. Images in memory
+        move to `device` for good. Images on disk are decoded by `workers` processes, which work
+        ahead without a pause between epochs; a worker that fails or dies is a DataError here.
         """
-        if isinstance(self.images, InMemory):
+        on_disk = isinstance(self.images, OnDisk)
+        if on_disk:
+            loaded = self._load(steps, workers, pin_memory=device.type == "cuda")
+        else:
             self.images.pixels = self.images.pixels.to(device)
-            for step in steps:
-                rows, draws = self.plan(step)
+        for step in steps:
+            rows = self.rows(step)
+            if on_disk:
+                crops, unreadable = next(loaded)
+                self.images.note_broken(unreadable)
+                images = [crop.to(device, non_blocking=True) for crop in crops]
+            else:
                 pixels = self.images.pixels.index_select(0, _to(rows, device))
-                yield rows, [recipe.apply(pixels, u) for recipe, u in zip(self.recipes, draws, strict=True)]
-            return
-        options = {
-            "num_workers": workers,
-            "worker_init_fn": _ignore_signals,
-            "pin_memory": device.type == "cuda",
-        }
-        loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, **options)
-        for step, (crops, used, failed) in zip(steps, loader, strict=True):
-            self.images.note_broken(failed)
-            views = zip(self.recipes, crops.to(device, non_blocking=True), self.plan(step)[1], strict=True)
-            yield np.asarray(used), [recipe.apply(x, u, cropped=True) for recipe, x, u in views]
+                images = [pixels] * len(self.recipes)
+            numbers = self._numbers(step)  # on disk: drawn again, the same as in the worker
+            views = []
+            for recipe, x, u in zip(self.recipes, images, numbers, strict=True):
+                if self.seed is not None:
+                    views.append(recipe.apply(x, u, cropped=on_disk))
+                elif on_disk:  # the worker has cropped them
+                    views.append(recipe.normalise(x.float() / 255))
+                else:
+                    views.append(recipe.centre(x))
+            yield rows, views
+
+    def _load(self, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
+        """self[step] of each step, made by worker processes, or by this one if workers is 0."""
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            pin_memory=pin_memory,
+        )
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            batches = iter(loader)
+            # torch has now installed a handler that raises when a worker dies, wherever the trainer
+            # is. Without it the error is raised below, when the trainer waits for a batch.
+            if signal.getsignal(signal.SIGCHLD) is not handler:
+                signal.signal(signal.SIGCHLD, handler)
+            yield from batches
+        except (RuntimeError, OSError, EOFError, DataError) as error:
+            # A worker's error comes with its traceback, whose last line is what went wrong.
+            text = str(error).strip() or repr(error)
+            line = text.splitlines()[-1].removeprefix("common.DataError: ")
+            if not isinstance(error, DataError):
+                hint = "killed, or out of memory? (fewer --workers need less)"
+                line = f"a data worker failed ({line}): {hint}"
+            raise DataError(line) from error
+
+    def __getitem__(self, step: int) -> tuple[list[Tensor], list[int]]:
+        """A worker's part for images on disk: decodes a file once and crops it for all its views.
+
+        Returns for each recipe (B, 3, size, size) uint8, and the images that were unreadable.
+        Colours are innermost in memory, as decoders and resizing have them.
+        """
+        rows = self.rows(step)
+        numbers = self._numbers(step)
+        shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in self.recipes]
+        crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
+        unreadable = []
+        for start in range(0, len(rows), 8):  # a few at a time, because decoded images are large
+            part = slice(start, start + 8)
+            images = []
+            for row in rows[part]:
+                image, bad = self.images.read(int(row))
+                images.append(image)
+                unreadable += bad
+            heights, widths = np.array([image.shape[1:] for image in images]).T
+            for recipe, u, out in zip(self.recipes, numbers, crops, strict=True):
+                if self.seed is None:
+                    boxes, flips = recipe.centre_boxes(heights, widths)
+                else:
+                    boxes, flips = recipe.boxes(u[part], heights, widths)
+                for image, box, flip, crop in zip(images, boxes, flips, out[part], strict=True):
+                    _crop_bytes(image, box, flip, crop)
+        return [crop.permute(0, 3, 1, 2) for crop in crops], unreadable
+
+
+def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
+    """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
+    top, left, height, width = box.tolist()
+    # Decoders give colours innermost (channels_last), where interpolate is faster. It goes by all
+    # four strides, so the axis of the batch has to be added while the colours are last.
+    view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    view = view[:, :, top : top + height, left : left + width]
+    view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
+    view = view[0].permute(1, 2, 0)
+    out.copy_(view.flip(1) if flip else view)
 
 
 # ---------------------------------------------------------------------------------- augmentation
 
-# Columns of the uniform numbers that decide a view. A crop has ten tries, as in torchvision.
-_AREA, _RATIO, (_TOP, _LEFT, _FLIP, _JITTER, _ORDER) = slice(0, 10), slice(10, 20), range(20, 25)
-_NUMBERS, (_GRAY, _BLUR, _SOLARIZE), _COLUMNS = slice(25, 30), range(30, 33), 33
-_ORDERS = np.array(list(permutations(range(4))))
+Sides = int | np.ndarray  # in pixels: of all images, or of each (n,)
+
+# What is random about a view: uniform numbers in [0, 1). Each is drawn for all samples before the
+# next one is, so that a number appended at the end leaves the others what they are. "order" picks
+# one of _ORDERS.
+#
+# To add an operation: a field in Augment, a name at the end of _SINGLE, a line in `apply`.
+_SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
+NUMBERS = np.dtype(
+    [
+        ("area", float, 10),  # a crop has ten tries, as in torchvision
+        ("ratio", float, 10),
+        ("factors", float, 4),  # of the operations of _JITTER
+        *((name, float) for name in _SINGLE),
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Settings of one view: crop, resize, flip, jitter, grayscale, blur, solarize, normalise, in this order.
+    """Settings of a view: crop, resize, flip, jitter, gray, blur, solarize, normalise, in turn.
 
-    `recipe(images, generator)`: images (B, 3, H, W) uint8 -> (B, 3, size, size) float32, normalised. Every
-    sample draws parameters of its own, and the four parts of the jitter in an order of its own. Each
-    operation is that of torchvision.transforms on float tensors in [0, 1], and probabilities are per sample.
+    `recipe(images, generator)`: images (B, 3, H, W) uint8 -> (B, 3, size, size) float32,
+    normalised. Every sample draws parameters of its own, and the four parts of the jitter in an
+    order of its own. Each operation is that of torchvision.transforms on float tensors in [0, 1].
     """
 
     size: int = 224  # pixels a side
@@ -422,149 +633,210 @@ class Augment:
     hue: float = 0.2  # shift from -hue to hue, in turns of the colour circle
     gray: float = 0.2  # probability
     blur: float = 0.5  # probability
-    sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in pixels
     solarize: float = 0.0  # probability; inverts what is at least 1/2
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Random views of `images`. Raises ValueError for anything but uint8 (B, 3, H, W)."""
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8 (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images must be uint8 (B, 3, H, W), got {found}")
         return self.apply(images, self.draw(len(images), generator))
 
     @staticmethod
     def draw(count: int, generator: torch.Generator) -> np.ndarray:
-        """(count, 33) numbers in [0, 1): all that is random about `count` samples, one row each."""
-        u = torch.rand(count, _COLUMNS, generator=generator, device=generator.device)
-        return u.double().cpu().numpy()
+        """All that is random about `count` samples: an array (count,) of NUMBERS."""
+        u = np.empty(count, NUMBERS)
+        for name in NUMBERS.names:
+            u[name] = torch.rand(u[name].shape, generator=generator, dtype=torch.float64).numpy()
+        return u
 
-    def boxes(
-        self, u: np.ndarray | None, height: int | np.ndarray, width: int | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Crops (n, 4) as top, left, height, width in pixels, and whether to flip (n,).
+    def apply(self, images: Tensor, u: np.ndarray, cropped: bool = False) -> Tensor:
+        """Views of `images` (B, 3, H, W) uint8, by the numbers u (B,) of `draw`.
 
-        height, width: the images', for all or (n,). Without u: the centre, of 7/8 of the shorter side above
-        96 px (224 of 256), else of all of it.
+        cropped: the images have been cropped, resized and flipped already.
         """
-        height, width = np.atleast_1d(height, width)
-        if u is None:
-            side = (np.minimum(height, width) * (0.875 if self.size > 96 else 1)).round().astype(int)
-            return np.stack([(height - side) // 2, (width - side) // 2, side, side], 1), side < 0
-        low, high = np.log(self.ratio)
-        ratio = np.exp(low + u[:, _RATIO] * (high - low))
-        area = (self.scale[0] + u[:, _AREA] * (self.scale[1] - self.scale[0])) * (height * width)[:, None]
-        w, h = np.sqrt(area * ratio).round(), np.sqrt(area / ratio).round()
-        fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-        none, first = ~fits.any(1), (np.arange(len(u)), fits.argmax(1))
-        # Where no try fits, the centre, as near to the ratio as possible.
-        w = np.where(none, np.clip((height * self.ratio[1]).round(), 1, width), w[first])
-        h = np.where(none, np.clip((width / self.ratio[0]).round(), 1, height), h[first])
-        top, left = np.where(none, 0.4999999, u[:, [_TOP, _LEFT]].T) * (height - h + 1, width - w + 1)
-        return np.stack([top, left, h, w], 1).astype(np.int64), u[:, _FLIP] < self.flip
-
-    def apply(self, pixels: Tensor, u: np.ndarray | None, cropped: bool = False) -> Tensor:
-        """Views of `pixels` (B, 3, H, W) uint8, by the numbers `u` of `draw`.
-
-        u None: centre crop without any change of colour. cropped: the pixels are crops of the right size.
-        """
-        count, device = len(pixels), pixels.device
-        out = pixels.new_empty(count, 3, self.size, self.size, dtype=torch.float32)
-        mean, std = (_to(np.float32(c), device).view(3, 1, 1) for c in (self.mean, self.std))
-        boxes, flips = self.boxes(u, *pixels.shape[2:])
-        boxes = _to(np.column_stack([boxes, flips]).astype(np.float32), device).expand(count, 5)
-        # Ones are below no probability: nothing but the crop happens.
-        order, numbers, changes = self._plan(np.ones((count, _COLUMNS)) if u is None else u)
-        numbers = _to(numbers, device)[:, :, None, None]
-        # A CPU works on as many samples at a time as its cache holds, a GPU on all.
-        chunk = count if device.type != "cpu" else 2**18 // self.size**2 if self.size <= 64 else 1
-        for first in range(0, count, chunk):
-            rows = np.arange(first, min(first + chunk, count))
-            # The order in which the jitter begins: pixels are cheaper to sort than floats.
-            rows = rows[np.argsort(order[rows, 0], kind="stable")]
-            x = _select(pixels, rows).to(torch.float32, memory_format=torch.contiguous_format)
-            x = x.mul_(1 / 255) if cropped else self._crop(x, _select(boxes, rows))
-            x, rows = _jitter(x, rows, order, numbers)
-            for change, samples in changes:
-                hit = np.flatnonzero(samples[rows])
-                if len(hit):
-                    some = change(_select(x, hit), _select(numbers, rows[hit]))
-                    x = some if len(x) == 1 else x.index_copy_(0, _to(hit, device), some)
-            out.index_copy_(0, _to(rows, device), x.sub_(mean).mul_(1 / std))
+        count, device = len(images), images.device
+        if not cropped:
+            boxes, flips = self.boxes(u, *images.shape[2:])
+            boxes = _to(np.column_stack([boxes, flips]).astype(np.float32), device)
+        order, factors, sigma = self._parameters(u)
+        factors, sigma = _to(factors, device), _to(sigma, device)
+        # Beyond 3.3 sigma lies .1 % of a Gaussian; torchvision's with as many taps is the same.
+        blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
+        out = torch.empty(count, 3, self.size, self.size, device=device)
+        for part in _chunks(count, self.size, device):
+            rows = np.arange(count)[part]
+            x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
+            if not cropped:
+                x = _crop(x, boxes[part], self.size)
+            x, rows = _jitter(x.mul_(1 / 255), rows, order, factors)
+            x = _change(_grayscale, u["gray"][rows] < self.gray, x)
+            x = _change(blur, u["blur"][rows] < self.blur, x, _select(sigma, rows))
+            x = _change(_solarize, u["solarize"][rows] < self.solarize, x)
+            out.index_copy_(0, _to(rows, device), self.normalise(x))
         return out
 
+    def centre(self, images: Tensor) -> Tensor:
+        """Centre crops of `images` (B, 3, H, W) uint8, resized and normalised: for evaluation."""
+        boxes, _ = self.centre_boxes(*images.shape[2:])
+        top, left, side, _ = boxes[0]
+        x = images[:, :, top : top + side, left : left + side].float() / 255
+        if side != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.normalise(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, h, w) in [0, 1], changed in place to zero mean and unit deviation."""
+        mean, std = self._statistics(x.device)
+        return x.sub_(mean).mul_(1 / std)
+
     def restore(self, views: Tensor) -> Tensor:
-        """Normalised views as pictures in [0, 1]."""
-        mean, std = (torch.tensor(c, device=views.device).view(3, 1, 1) for c in (self.mean, self.std))
+        """Normalised views (B, 3, h, w) as pictures in [0, 1]."""
+        mean, std = self._statistics(views.device)
         return (views * std + mean).clamp(0, 1)
 
-    def _crop(self, x: Tensor, boxes: Tensor) -> Tensor:
-        """Crop, resize and flip as R X C': one matrix for the rows and one for the columns of each sample."""
-        top, left, height, width, flip = boxes[:, :, None, None].unbind(1)
-        rows = _resize_matrix(top, height, torch.zeros_like(flip), x.shape[2], self.size)
-        columns = _resize_matrix(left, width, flip, x.shape[3], self.size) / 255
-        return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean = _to(np.float32(self.mean), device)
+        std = _to(np.float32(self.std), device)
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
 
-    def _plan(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
-        """Order of the jitter's parts (n, 4), 4 for none; their factors and the blur's sigma (n, 5); what
-        follows them, operations each with the samples (n,) that it concerns."""
+    def boxes(self, u: np.ndarray, height: Sides, width: Sides) -> tuple[np.ndarray, np.ndarray]:
+        """Random crops (n, 4) as top, left, height, width in pixels, and whether to flip them (n,).
+
+        height, width: the images'. As in torchvision, the first of ten tries that fits, or else the
+        centre, with a ratio as near to the wanted as possible.
+        """
+        height, width = np.atleast_1d(height, width)
+        low, high = np.log(self.ratio)
+        ratio = np.exp(low + u["ratio"] * (high - low))
+        low, high = self.scale
+        area = (low + u["area"] * (high - low)) * (height * width)[:, None]
+        tries_w = np.sqrt(area * ratio).round()  # (n, 10)
+        tries_h = np.sqrt(area / ratio).round()
+        fits = (tries_w >= 1) & (tries_w <= width[:, None])
+        fits &= (tries_h >= 1) & (tries_h <= height[:, None])
+        none = ~fits.any(1)
+        first = np.arange(len(u)), fits.argmax(1)
+        w = np.where(none, np.clip((height * self.ratio[1]).round(), 1, width), tries_w[first])
+        h = np.where(none, np.clip((width / self.ratio[0]).round(), 1, height), tries_h[first])
+        top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
+        left = np.where(none, (width - w) // 2, np.floor(u["left"] * (width - w + 1)))
+        return np.stack([top, left, h, w], 1).astype(np.int64), u["flip"] < self.flip
+
+    def centre_boxes(self, height: Sides, width: Sides) -> tuple[np.ndarray, np.ndarray]:
+        """The same for evaluation: the centre square, never flipped.
+
+        Its side is the image's shorter one, or 7/8 of it for views above 96 px (224 of 256), unless
+        the image has the size of a view.
+        """
+        height, width = np.atleast_1d(height, width)
+        side = np.minimum(height, width)
+        if self.size > 96:
+            fits = (height == self.size) & (width == self.size)
+            side = np.where(fits, side, (side * 7 / 8).round()).astype(np.int64)
+        boxes = np.stack([(height - side) // 2, (width - side) // 2, side, side], 1)
+        return boxes, np.zeros(len(boxes), bool)
+
+    def _parameters(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The jitter's order (n, 4) and factors (n, 4, 1, 1, 1), the blur's sigma in pixels (n,).
+
+        An order holds places in _JITTER; without jitter only _NOTHING.
+        """
+        which = (u["order"] * len(_ORDERS)).astype(int)
+        jittered = u["jitter"] < self.jitter
+        order = np.where(jittered[:, None], _ORDERS[which], _NOTHING)
         spread = np.array([self.brightness, self.contrast, self.saturation])
-        low = np.append(np.maximum(1 - spread, 0), [-self.hue, self.sigma[0]])
-        high = np.append(1 + spread, [self.hue, self.sigma[1]])
-        order = np.where(u[:, _JITTER, None] < self.jitter, _ORDERS[(u[:, _ORDER] * 24).astype(int) % 24], 4)
-        blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
-        changes = [
-            (lambda x, _: _gray(x).repeat(1, 3, 1, 1), u[:, _GRAY] < self.gray),
-            (lambda x, numbers: blur(x, numbers[:, 4]), u[:, _BLUR] < self.blur),
-            (lambda x, _: torch.minimum(x, 1 - x), u[:, _SOLARIZE] < self.solarize),
-        ]
-        return order, (low + u[:, _NUMBERS] * (high - low)).astype(np.float32), changes
+        low = np.append(np.maximum(1 - spread, 0), -self.hue)
+        high = np.append(1 + spread, self.hue)
+        factors = low + u["factors"] * (high - low)
+        low, high = self.sigma
+        sigma = low + u["sigma"] * (high - low)
+        return order, np.float32(factors)[:, :, None, None, None], np.float32(sigma)
+
+
+def _chunks(count: int, size: int, device: torch.device) -> list[slice]:
+    """`count` samples in parts: all for a GPU, for a CPU as many as its cache holds.
+
+    Above 64 px that is one sample, which need not be copied to be sorted.
+    """
+    if device.type != "cpu":
+        return [slice(0, count)]
+    chunk = 2**18 // size**2 if size <= 64 else 1
+    return [slice(start, start + chunk) for start in range(0, count, chunk)]
 
 
 def _select(x: Tensor, rows: np.ndarray) -> Tensor:
-    """x[rows], without a copy where that is one row, or all of them in their order."""
-    if len(rows) == 1:
-        return x[rows[0] : rows[0] + 1]
-    return x if np.array_equal(rows, np.arange(len(x))) else x.index_select(0, _to(rows, x.device))
+    """x[rows], without a copy where that is all of x as it is."""
+    if np.array_equal(rows, np.arange(len(x))):
+        return x
+    return x.index_select(0, _to(rows, x.device))
 
 
-def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, inside: int, out: int) -> Tensor:
-    """(n, out, inside) weights of a bilinear resize with antialiasing of [start, start + length) to `out`.
+def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Tensor:
+    """x with operation(x, *arguments) in place of the samples that are `chosen` (n,) bool."""
+    rows = np.flatnonzero(chosen)
+    if len(rows) == 0:
+        return x
+    changed = operation(*(_select(t, rows) for t in (x, *arguments)))
+    if len(rows) == len(x):
+        return changed
+    return x.index_copy_(0, _to(rows, x.device), changed)
 
-    R[o, j] is proportional to max(0, 1 - |j + 1/2 - c_o| / s), c_o the centre of output pixel o and s the
-    larger of 1 and length / out; start, length, flip: (n, 1, 1).
+
+def _crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops, resizes and flips x (n, 3, H, W) as R X C', with one R and one C for each sample."""
+    top, left, height, width, flip = boxes[:, :, None, None].unbind(1)
+    r = _resize_matrix(top, height, torch.zeros_like(flip), x.shape[2], size)
+    c = _resize_matrix(left, width, flip, x.shape[3], size)
+    x = x.flatten(1, 2) @ c.mT  # (n, 3 H, size)
+    return r[:, None] @ x.unflatten(1, (3, -1))
+
+
+def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size: int) -> Tensor:
+    """Weights (n, size, side): `size` pixels out of [start, start + length), a part of `side`.
+
+    start, length, flip: (n, 1, 1). Bilinear with antialiasing, as torchvision. Measured from start,
+    the centre of pixel j is j + 1/2 - start, that of output o is (o + 1/2) length / size, mirrored
+    if flipped. Weights fall with the distance, to 0 at 1 / slope = max(1, length / size), and have
+    sum 1.
     """
-    j, o = (torch.arange(n, device=start.device) + 0.5 for n in (inside, out))
-    o = o[:, None] + flip * (out - 2 * o[:, None])
-    step = length / out
-    slope = 1 / step.clamp(min=1)
-    j = torch.where((j > start) & (j < start + length), (j - start) * slope, torch.inf)
-    weight = torch.sub(j, o * (step * slope)).abs_()
-    weight = torch.sub(1, weight, out=weight).clamp_(min=0)
+    j = torch.arange(side, device=start.device) + 0.5 - start
+    inner = (j > 0) & (j < length)
+    j = torch.where(inner, j, torch.inf)  # pixels outside of the crop have weight 0
+    o = torch.arange(size, device=start.device)[:, None] + 0.5
+    o = torch.where(flip > 0, size - o, o)
+    centre = o * (length / size)
+    slope = (size / length).clamp(max=1)
+    # max(0, 1 - |j - centre| slope)
+    weight = (j - centre).abs_().mul_(-slope).add_(1).clamp_(min=0)
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-def _gray(x: Tensor) -> Tensor:
-    red, green, blue = x.split(1, 1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> tuple:
+    """Applies to sample x[k], which is row rows[k] of the batch, its operations in their order.
 
-
-def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, numbers: Tensor) -> tuple[Tensor, np.ndarray]:
-    """Four rounds; in each, the samples x of the batch's `rows` are sorted by the part that is their next.
-
-    Returns the samples, changed in place, and the rows that they are.
+    In each of four turns the samples are sorted by the operation that is their next, which then
+    works in place on a slice. Returns the samples as they were last sorted, and the rows that they
+    are.
     """
-    numbers = _select(numbers, rows)
-    for turn in range(4):
+    factors = _select(factors, rows)
+    for turn in range(len(_JITTER)):
         moved = np.argsort(order[rows, turn], kind="stable")
-        x, numbers, rows = _select(x, moved), _select(numbers, moved), rows[moved]
-        ends = np.searchsorted(order[rows, turn], np.arange(5))
-        for i, part in enumerate((_brightness, _contrast, _saturation, _hue)):
-            if ends[i] < ends[i + 1]:
-                part(x[ends[i] : ends[i + 1]], numbers[ends[i] : ends[i + 1], i, None])
+        x = _select(x, moved)
+        factors = _select(factors, moved)
+        rows = rows[moved]
+        bounds = np.searchsorted(order[rows, turn], range(len(_JITTER) + 1))
+        for number, operation in enumerate(_JITTER):
+            start, end = bounds[number], bounds[number + 1]
+            if start < end:
+                operation(x[start:end], factors[start:end, number])
     return x, rows
 
 
-# The jitter's parts work in place on x (n, 3, h, w) in [0, 1], with a factor f (n, 1, 1, 1) for each sample.
+# The operations of the jitter work in place on x (n, 3, h, w) in [0, 1]; factors f (n, 1, 1, 1).
 
 
 def _brightness(x: Tensor, f: Tensor) -> None:
@@ -572,55 +844,89 @@ def _brightness(x: Tensor, f: Tensor) -> None:
 
 
 def _contrast(x: Tensor, f: Tensor) -> None:
-    mean = _gray(x.mean((2, 3), keepdim=True))
+    mean = _luma(x.mean((2, 3), keepdim=True))
     x.mul_(f).add_((1 - f) * mean).clamp_(0, 1)
 
 
 def _saturation(x: Tensor, f: Tensor) -> None:
-    torch.lerp(_gray(x), x, f, out=x).clamp_(0, 1)
+    torch.lerp(_luma(x), x, f, out=x).clamp_(0, 1)
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
-    """To HSV, turn, and back, without case distinctions: each channel is a clamped distance on the circle.
+    """To HSV, turn by f, and back, without case distinctions.
 
-    A channel's memory serves for other quantities as soon as the channel is no longer needed.
+    With m <= M the extremes of a pixel, d = M - m and p = 1/6 + (g + b - r - m) / 6d, the hue is
+        r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
+        g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
+        b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
+    in turns: copysign(p, g - b) in all cases. Back, g is M where the hue is up to 1/6 from 1/3, m
+    from 1/3 on, and linear between: M + d - 6d c, c the distance clamped to [1/6, 1/3]; b the same
+    about 2/3. Distances above 1/3 are clamped, so the circle need not be closed. r, whose own hue
+    is where it is open, has the distance from the opposite 1/2: m - d + 6d c.
     """
     red, green, blue = x.split(1, 1)
     high = torch.maximum(red, green).clamp_(min=blue)
     low = torch.minimum(red, green).clamp_(max=blue)
-    hue = (green + blue).sub_(red).sub_(low)
-    half, six = green.sub_(blue), torch.sub(high, low, out=blue).mul_(6)
-    hue.div_(torch.clamp(six, min=1e-12, out=red)).add_(1 / 6)
-    hue.copysign_(half).add_(f + 1).frac_()
-    low.sub_(six, alpha=1 / 6)
-    high.add_(six, alpha=1 / 6)
-    torch.sub(hue, 1 / 2, out=red).abs_().clamp_(1 / 6, 1 / 3)
-    torch.addcmul(low, six, red, out=red)
-    torch.sub(hue, 1 / 3, out=green).abs_().clamp_(1 / 6, 1 / 3)
-    torch.addcmul(high, six, green, value=-1, out=green)
-    hue.sub_(2 / 3).abs_().clamp_(1 / 6, 1 / 3)
-    torch.addcmul(high, six, hue, value=-1, out=blue)
+    six_d = (high - low).mul_(6)
+    hue = (green + blue).sub_(red).sub_(low).div_(six_d.clamp(min=1e-12)).add_(1 / 6)
+    hue = hue.copysign_(green - blue).add_(f + 1).frac_()
+    low.sub_(six_d, alpha=1 / 6)
+    high.add_(six_d, alpha=1 / 6)
+    torch.addcmul(low, six_d, _distance(hue, 1 / 2), out=red)
+    torch.addcmul(high, six_d, _distance(hue, 1 / 3), value=-1, out=green)
+    torch.addcmul(high, six_d, _distance(hue, 2 / 3), value=-1, out=blue)
+
+
+def _distance(hue: Tensor, centre: float) -> Tensor:
+    return (hue - centre).abs_().clamp_(1 / 6, 1 / 3)
+
+
+_JITTER = (_brightness, _contrast, _saturation, _hue)
+_NOTHING = len(_JITTER)
+_ORDERS = np.array(list(permutations(range(len(_JITTER)))))
+
+
+def _luma(x: Tensor) -> Tensor:
+    """(n, 1, h, w): how light a pixel is."""
+    red, green, blue = x.split(1, 1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def _grayscale(x: Tensor) -> Tensor:
+    return _luma(x).repeat(1, 3, 1, 1)
+
+
+def _solarize(x: Tensor) -> Tensor:
+    return torch.minimum(x, 1 - x)
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Gaussian blur of 2 radius + 1 taps by two products with a matrix, which serves for rows and columns.
+    """Gaussian blur of x (n, 3, s, s), of 2 radius + 1 taps, with a sigma (n,) for each sample.
 
-    The matrix is a narrow band, so blocks of up to 32 lines are made from 32 + 2 radius lines each.
+    As a product with a matrix for the rows, then one for the columns. Output o takes tap |j - o| of
+    pixel j, so the matrix is a band: `block` neighbouring outputs need `reach` = block + 2 radius
+    pixels, and one small matrix (block, reach) serves all blocks of both directions.
     """
     size = x.shape[3]
-    blocks = -(-size // 32)
-    block = -(-size // blocks)
-    reach, more = block + 2 * radius, radius + blocks * block - size
-    at = torch.arange(reach, device=x.device)
+    blocks = math.ceil(size / 32)
+    block = math.ceil(size / blocks)
+    reach = block + 2 * radius
+    taps = torch.arange(radius + 1, device=x.device) / sigma[:, None]  # (n, radius + 1)
     # At least e^-60: products with denormal numbers take twenty times as long.
-    taps = (-0.5 * (at[: radius + 1] / sigma[:, 0]) ** 2).clamp_(min=-60).exp_()
+    taps = (-0.5 * taps**2).clamp_(min=-60).exp_()
     taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]
-    away = (at - at[:block, None] - radius).abs_().clamp_(max=radius + 1)
-    band = F.pad(taps, (0, 1)).index_select(1, away.flatten()).view(-1, block, reach)
-    y = F.pad(x, (radius, more, radius, more), mode="reflect")
-    y = band[:, None, None] @ y.unfold(2, reach, block).mT  # (n, 3, blocks, block, s + radius + more)
-    y = y.flatten(2, 3).unfold(3, reach, block).flatten(1, 3) @ band.mT
-    return y.view(len(x), 3, blocks * block, -1)[:, :, :size, :size]
+    taps = F.pad(taps, (0, 1))  # tap radius + 1 is 0
+    j = torch.arange(reach, device=x.device)
+    o = torch.arange(block, device=x.device)[:, None] + radius
+    tap = (j - o).abs().clamp_(max=radius + 1)
+    band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
+    end = radius + blocks * block - size
+    x = F.pad(x, (radius, end, radius, end), mode="reflect")  # (n, 3, w, w), w = s + radius + end
+    x = x.unfold(2, reach, block).mT  # (n, 3, blocks, reach, w)
+    x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
+    x = x.flatten(2, 3).unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
+    x = x.flatten(1, 3) @ band.mT  # (n, 3 * blocks * block * blocks, block)
+    return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
 
 
 SIMCLR = Augment()
@@ -631,231 +937,261 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 
 # ---------------------------------------------------------------------------------------- losses
 #
-# Each takes this rank's rows and returns this rank's share of the loss: the shares' mean over the ranks is
-# the loss of the whole batch, and gradients averaged by DistributedDataParallel are those of one process that
-# is given the whole batch. All are computed in float32 (float64 if given), whatever the autocast state.
-
-
-def _ranks() -> tuple[int, int]:
-    several = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+# Under several ranks each loss is given this rank's rows and gathers the others' where its formula
+# needs them (info_nce and byol_loss need none). It returns this rank's share: the mean of the
+# shares is the loss of the whole batch, and gradients averaged by DistributedDataParallel are those
+# of one process that is given the whole batch. All ranks must pass the same number of rows.
+#
+# Everything is computed in float32 (float64 if given), whatever the autocast state.
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_single(out, x.contiguous())
+        world = dist.get_world_size()
+        out = x.new_empty(world * len(x), *x.shape[1:])
+        dist.all_gather(list(out.chunk(world)), x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         # Every rank's loss depends on this rank's rows: their gradient is the sum over the ranks.
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+        total = grad.clone(memory_format=torch.contiguous_format)  # others may hold `grad` too
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) on each of W ranks -> (W * B, ...) on all, in the order of the ranks, with an exact gradient.
+    """(B, ...) on each of W ranks -> (W * B, ...) on all, in the order of the ranks.
 
-    B must be the same everywhere. Without torch.distributed or on one rank: x itself.
+    The gradient is exact: that of the sum of all ranks' losses. B must be the same everywhere.
+    Without torch.distributed or on one rank: x itself.
     """
-    return x if _ranks()[1] == 1 else _Gather.apply(x)
+    if _ranks()[1] == 1:
+        return x
+    return _Gather.apply(x)
 
 
-def _checked(*tensors: Tensor, temperature: float = 1.0) -> list[Tensor]:
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be greater than 0, got {temperature}")
+def _checked(*tensors: Tensor) -> list[Tensor]:
+    """Matrices of one shape, as float32 or float64. Raises ValueError."""
     shape = tensors[0].shape
     if len(shape) != 2 or 0 in shape or any(t.shape != shape for t in tensors):
-        raise ValueError(f"expected matrices (N, D) of one shape, got {[tuple(t.shape) for t in tensors]}")
+        found = [tuple(t.shape) for t in tensors]
+        raise ValueError(f"expected matrices (N, D) of one shape, got {found}")
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager:
-    known = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+SMALL = 0.025  # temperatures below: sums of e^(1 / temperature) would not fit float32
 
 
-def _once(grad: Tensor) -> Tensor:
-    if torch.is_grad_enabled():  # create_graph: a gradient made in the forward pass is constant to autograd
-        raise RuntimeError("this loss cannot be differentiated twice")
-    return grad
+def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
+    """z scaled so that products of its vectors along `dim` are cosines / temperature.
+
+    In float64 for a SMALL temperature. eps guards vectors of zero.
+    """
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be greater than 0, got {temperature}")
+    if temperature < SMALL:
+        z = z.double()
+    return z * (temperature * (z.square().sum(dim, keepdim=True) + eps)).rsqrt()
 
 
-class _Contrast(torch.autograd.Function):
-    """sum_i -log(e^p_i / (e^p_i + sum_j e^(x_i . y_j))), the sum over j without the columns skip_i.
+class _PairSums(torch.autograd.Function):
+    """S_i = sum of e^(x_i . x_j) over the rows j of x (2N, d) but i and its pair, i + N or i - N.
 
-    x (R, d), y (M, d), p (R,), skip (R, s) or None: then y takes no gradient. Visits the R x M matrix of
-    products in blocks and never holds it. The gradient is made in the same pass, which is possible because
-    the loss is a sum over rows.
+    The 2N x 2N matrix E of e^(x_i . x_j) would take the memory: it is made in blocks, and again in
+    backward unless it is small. E is symmetric: block (I, J) adds its rows' sums to S_I and its
+    columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
+    dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
+
+    A rank asks only for S of its pairs, first ... last - 1, because the other ranks take theirs;
+    elsewhere S is incomplete, must not be used, and so has g = 0. A block without any of these
+    rows or columns is skipped: it adds to no S that is used, and in backward has g_i + g_j = 0.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, p: Tensor, skip: Tensor | None) -> Tensor:
-        block = 2**18 if x.device.type == "cpu" else 2**25  # products at a time: what a CPU's cache holds
-        height = len(x) if skip is None else min(len(x), max(128, block // len(y)))
-        width = len(y) if skip is not None else max(1, min(len(y), block // height))
-        buffer, loss = x.new_empty(height * width), x.new_zeros(())
-        grad_x, grad_p = torch.empty_like(x), torch.empty_like(p)
-        grad_y = None if skip is None else torch.zeros_like(y)
-        with _no_autocast(x):
-            for r in range(0, len(x), height):
-                xr, pr = x[r : r + height], p[r : r + height, None]
-                # total: sum of e^(product - top), mean: sum of e^(product - top) y; top: the largest so far.
-                top, total, mean = pr, torch.ones_like(pr), torch.zeros_like(xr)
-                for c in range(0, len(y), width):
-                    yc = y[c : c + width]
-                    e = torch.mm(xr, yc.T, out=buffer[: len(xr) * len(yc)].view(len(xr), len(yc)))
-                    if skip is not None:
-                        e.scatter_(1, skip[r : r + height], -torch.inf)
-                    old, top = top, torch.maximum(top, e.amax(1, keepdim=True))
-                    e.sub_(top).exp_()
-                    shrink = (old - top).exp_()
-                    total = total * shrink + e.sum(1, keepdim=True)
-                    mean.mul_(shrink).addmm_(e, yc)
-                loss += (top + total.log() - pr).sum()
-                grad_x[r : r + height] = mean.div_(total)
-                grad_p[r : r + height] = ((pr - top).exp_() / total - 1)[:, 0]
-                if grad_y is not None:
-                    grad_y.addmm_(e.T, xr / total)
-        ctx.save_for_backward(grad_x, grad_y, grad_p)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_y, grad_p = (_once(g) for g in ctx.saved_tensors)
-        return grad * grad_x, None if grad_y is None else grad * grad_y, grad * grad_p, None
-
-
-class _Symmetric(torch.autograd.Function):
-    """sum_i -log(e^(x_i . x_pair(i)) / sum_(j != i) e^(x_i . x_j)); the two halves of z (M, d) are the pairs.
-
-    x = z / n, |x_i|^2 < 1 / temperature <= 40, or sums of e^(x_i . x_j) leave float32. Of the blocks of the
-    symmetric M x M matrix, only those up to the diagonal are visited: for the sums, and again for the
-    gradient, which the sums of both the rows and the columns of a block enter. The pair stays apart, so that
-    a loss near 0 keeps its digits.
-    """
-
-    @staticmethod
-    def forward(ctx, z: Tensor, temperature: float, eps: float) -> Tensor:
-        n = _norm(z, temperature, eps)
-        x, half, (block, thin) = z / n, len(z) // 2, (512, 128) if z.device.type == "cpu" else (4096, 4096)
-        pair, rest, xs = x.roll(half, 0), x.new_zeros(len(x)), x.split(block)
-        positive, rests = (x * pair).sum(1), rest.split(block)
-        visits = [(i, j) for i in range(len(xs)) for j in range(i + 1)]
-
-        def exponentials(i: int, j: int) -> Tensor:
-            e = (xs[i] @ xs[j].T).exp_()
-            for offset in (-half, 0, half):  # the pair and the row itself; mostly outside of the block
-                e.diagonal((i - j) * block + offset).zero_()
-            return e
-
-        with _no_autocast(x):
-            for i, j in visits:
-                e = exponentials(i, j)
-                rests[i].add_(e.sum(1))
+    def forward(ctx, x: Tensor, first: int, last: int) -> Tensor:
+        ctx.size = 256 if x.device.type == "cpu" else 4096
+        ctx.kept = {}
+        ctx.visits = _visits(len(x), ctx.size, first, last)
+        tiny = torch.finfo(x.dtype).tiny  # not 0, whose logarithm is taken if there is but one pair
+        sums = x.new_full((len(x),), tiny)
+        parts = sums.split(ctx.size)
+        with torch.autocast(x.device.type, enabled=False):
+            for i, j in ctx.visits:
+                e = _block(x, ctx.size, i, j)
+                if len(x) <= 1024:  # 4 MiB of float32 in all
+                    ctx.kept[i, j] = e
+                parts[i].add_(e.sum(1))
                 if i != j:
-                    rests[j].add_(e.sum(0))
-            inverse = 1 / (rest + positive.exp())
-            share, inverses = rest * inverse, inverse.split(block)
-            grad = pair.mul_(-(share + share.roll(half))[:, None])
-            grads = grad.split(block)
-            for i, j in visits:
-                e = e if len(xs) == 1 else exponentials(i, j)
-                for rows, of_row in zip(e.split(thin), inverses[i].split(thin), strict=True):
-                    rows.mul_(of_row[:, None] + inverses[j])
+                    parts[j].add_(e.sum(0))
+        ctx.save_for_backward(x)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        xs, gs = x.split(ctx.size), g.split(ctx.size)
+        grad = torch.zeros_like(x)
+        grads = grad.split(ctx.size)
+        with torch.autocast(x.device.type, enabled=False):
+            for i, j in ctx.visits:
+                e = ctx.kept[i, j] if ctx.kept else _block(x, ctx.size, i, j)
+                e = (gs[i][:, None] + gs[j]).mul_(e)
                 grads[i].addmm_(e, xs[j])
                 if i != j:
                     grads[j].addmm_(e.T, xs[i])
-        along = (x * grad).sum(1, keepdim=True)
-        ctx.save_for_backward(grad.addcmul_(x, along, value=-temperature).div_(n))
-        return F.softplus(rest.log() - positive).sum()
+        return grad, None, None
+
+
+def _visits(count: int, size: int, first: int, last: int) -> list[tuple[int, int]]:
+    """The blocks (i, j), j <= i, that hold a row or column of the pairs first ... last - 1."""
+    pair = np.arange(count) % (count // 2)
+    asked = (first <= pair) & (pair < last)
+    busy = [asked[start : start + size].any() for start in range(0, count, size)]
+    below = [(i, j) for i in range(len(busy)) for j in range(i + 1)]
+    return [(i, j) for i, j in below if busy[i] or busy[j]]
+
+
+def _block(x: Tensor, size: int, i: int, j: int) -> Tensor:
+    """Block (i, j), of `size` rows and columns, of E; zero where a row meets itself or its pair."""
+    rows = x[i * size : (i + 1) * size]
+    columns = x[j * size : (j + 1) * size]
+    e = (rows @ columns.T).exp_()
+    half = len(x) // 2
+    for distance in (-half, 0, half):  # the diagonals that do not cross this block are empty
+        e.diagonal((i - j) * size + distance).zero_()
+    return e
+
+
+class _QueueSums(torch.autograd.Function):
+    """S_i = sum_j e^(q_i . k_j) of q (B, d) with k (K, d), which takes no gradient.
+
+    Visits k in blocks. dS_i/dq_i = sum_j e^(q_i . k_j) k_j is made on the same visit.
+    """
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad * _once(ctx.saved_tensors[0]), None, None
+    def forward(ctx, q: Tensor, k: Tensor) -> Tensor:
+        products = 2**18 if q.device.type == "cpu" else 2**25  # at a time: what a cache holds
+        block = max(1, products // len(q))
+        sums = q.new_zeros(len(q))
+        grad = torch.zeros_like(q)
+        with torch.autocast(q.device.type, enabled=False):
+            for part in k.split(block):
+                e = (q @ part.T).exp_()
+                sums += e.sum(1)
+                grad.addmm_(e, part)
+        ctx.save_for_backward(grad)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        return g[:, None] * ctx.saved_tensors[0], None
 
 
-def _norm(z: Tensor, temperature: float, eps: float) -> Tensor:
-    return (temperature * z.square().sum(1, keepdim=True) + eps).sqrt()
+def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
+    """-log(e^p / (e^p + S)) = log(1 + S / e^p), which keeps its digits near 0."""
+    return F.softplus(log_sums - positive)
 
 
-def _pairs(z: Tensor, first: int, last: int, half: int, temperature: float, eps: float) -> Tensor:
-    """Mean contrastive loss of rows `first` to `last` of z (M, d) among all its rows, by their cosines.
-
-    Rows i and i + half of every 2 half rows are a pair. eps guards the norm of a row that is nearly 0.
-    """
-    if last - first == len(z) == 2 * half and temperature >= 0.025:
-        return _Symmetric.apply(z, temperature, eps) / len(z)
-    y = z / _norm(z, temperature, eps)
-    own = torch.arange(first, last, device=z.device)
-    pair = own + half - 2 * half * (own % (2 * half) >= half)
-    x, skip = y[first:last], torch.stack([own, pair], 1)
-    return _Contrast.apply(x, y, (x * y[pair]).sum(1), skip) / len(x)
+def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
+    """Summed loss of the pairs first ... last - 1, both their rows; rows i, i + N of x pair."""
+    pairs = x.unflatten(0, (2, -1))  # (2, N, d)
+    positive = (pairs[0] * pairs[1]).sum(1)[first:last]
+    if temperature >= SMALL:
+        log_sums = _PairSums.apply(x, first, last).log().view(2, -1)[:, first:last]
+    else:  # whole rows, whose maximum logsumexp subtracts
+        row = torch.arange(first, last, device=x.device)[:, None]
+        column = torch.arange(len(x), device=x.device) % len(pairs[0])
+        products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
+        log_sums = products.logsumexp(2)  # (2, last - first)
+    return _negative_log_softmax(positive, log_sums).sum()
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
-    """NT-Xent of two views' projections z1, z2 (B, D): mean over the 2B rows of -log softmax of the pair.
+    """NT-Xent of two views z1, z2 (B, D): mean over the 2B rows of -log softmax of the pair.
 
-    Similarities are cosines / temperature, a row's own excluded (SimCLR, arXiv 2002.05709, eq. 1). Without
-    information: log(2B - 1), B counted over all ranks. Raises ValueError for other shapes.
+    Similarities are cosines / temperature, a row's own excluded (SimCLR, arXiv 2002.05709, eq. 1).
+    Without information: log(2B - 1), B counted over all ranks. Raises ValueError.
     """
-    z = torch.cat(_checked(z1, z2, temperature=temperature))
-    first = _ranks()[0] * len(z)
-    return _pairs(gather(z), first, first + len(z), len(z1), temperature, 1e-24)
+    z1, z2 = _checked(z1, z2)
+    z = torch.cat([gather(z1), gather(z2)])
+    x = _unit(z, temperature, dim=1, eps=1e-24)
+    first = _ranks()[0] * len(z1)
+    loss = _pair_loss(x, first, first + len(z1), temperature)
+    return (loss / (2 * len(z1))).to(z1.dtype)
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
     """MoCo's loss: mean over rows of -log(e^(q.k / t) / (e^(q.k / t) + sum_j e^(q.queue_j / t))).
 
-    q, k (B, D): queries and their keys, normalised here; queue (K, D): earlier keys, already normalised, they
-    take no gradient (arXiv 1911.05722, eq. 1). Without information: log(K + 1).
+    q, k (B, D): queries and their keys, normalised here. queue (K, D): earlier keys, already
+    normalised; they take no gradient (arXiv 1911.05722, eq. 1). Without information: log(K + 1).
+    Raises ValueError.
     """
-    q, k = _checked(q, k, temperature=temperature)
+    q, k = _checked(q, k)
     if queue.ndim != 2 or queue.shape[1] != q.shape[1]:
         raise ValueError(f"the queue must be (K, {q.shape[1]}), got {tuple(queue.shape)}")
-    q = F.normalize(q, dim=1) / temperature
-    return _Contrast.apply(q, queue.detach().to(q.dtype), (q * F.normalize(k, dim=1)).sum(1), None) / len(q)
+    dtype = q.dtype
+    q = _unit(q, temperature, dim=1, eps=1e-24)
+    k = _unit(k, temperature, dim=1, eps=1e-24)
+    keys = queue.detach().to(q.dtype)
+    rows = q / math.sqrt(temperature)  # q and k have norm temperature^-1/2, but keys have norm 1
+    if temperature >= SMALL:
+        log_sums = _QueueSums.apply(rows, keys).log()
+    else:
+        log_sums = (rows @ keys.T).logsumexp(1)
+    return _negative_log_softmax((q * k).sum(1), log_sums).mean().to(dtype)
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     """Mean over rows of 2 - 2 cos(p, z); p (B, D): predictions, z (B, D): targets.
 
-    From 0 to 4; without information 2 (BYOL, arXiv 2006.07733, eq. 2). z takes gradient unless detached.
+    From 0 to 4; without information 2 (BYOL, arXiv 2006.07733, eq. 2). z takes gradient unless
+    detached. Raises ValueError.
     """
     p, z = _checked(p, z)
-    return 2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
+    cosine = (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)
+    return (2 - 2 * cosine).mean()
 
 
 def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> Tensor:
-    """sum_i (1 - C_ii)^2 + redundancy_weight * sum_(i != j) C_ij^2 (Barlow Twins, arXiv 2103.03230, eq. 1).
+    """sum_i (1 - C_ii)^2 + redundancy_weight * sum_(i != j) C_ij^2.
 
-    C (D, D): cross-correlation of z1, z2 (N, D) over the batch of all ranks. For N < D it is not formed: its
-    squared norm is the product of the N x N Gram matrices of both sides. Without information: about D.
+    Barlow Twins, arXiv 2103.03230, eq. 1. C (D, D) = A'B / N: cross-correlation of z1, z2 (N, D),
+    each column standardised over the batch of all ranks. Without information: about D. Raises
+    ValueError.
     """
-    a, b = (gather(z) for z in _checked(z1, z2))
-    n, width = a.shape
-    with _no_autocast(a):
-        a, b = (F.batch_norm(z, None, None, training=True) for z in (a, b))
+    z1, z2 = _checked(z1, z2)
+    with torch.autocast(z1.device.type, enabled=False):
+        a = F.batch_norm(gather(z1), None, None, training=True)
+        b = F.batch_norm(gather(z2), None, None, training=True)
+        n, width = a.shape
         diagonal = (a * b).mean(0)
         if n < width:
-            off = ((a @ a.T) * (b @ b.T)).sum() / n**2 - diagonal.square().sum()
+            # |A'B|^2 = tr(B'A A'B) = tr(AA' BB') = sum of AA' * BB': N x N matrices, not D x D.
+            gram = (a @ a.T) * (b @ b.T)
+            off_diagonal = gram.sum() / n**2 - diagonal.square().sum()
         else:
-            off = (a.T @ b / n).fill_diagonal_(0).square().sum()
-    return (1 - diagonal).square().sum() + redundancy_weight * off
+            off_diagonal = (a.T @ b / n).fill_diagonal_(0).square().sum()
+    return (1 - diagonal).square().sum() + redundancy_weight * off_diagonal
 
 
 def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
-    """NT-Xent between dimensions: column i of z1 (N, D) and column i of z2 are the pair among 2D columns.
+    """NT-Xent between dimensions: columns i of z1 and of z2 (N, D) are a pair among the 2D.
 
-    Columns are centred and normalised over the batch of all ranks, so similarities are Pearson correlations
-    (DimCL, arXiv 2309.11782; the scale of its batch norm cancels). Without information: log(2D - 1). The
-    ranks take equal shares of the 2D rows.
+    Columns are centred and normalised over the batch of all ranks, so similarities are Pearson
+    correlations (DimCL, arXiv 2309.11782; the scale of its batch norm cancels). Without
+    information: log(2D - 1). The ranks take shares of the D pairs, perhaps none. Raises ValueError.
     """
-    z = gather(torch.cat(_checked(z1, z2, temperature=temperature), 1))
-    z = (z - z.mean(0)).T
+    z1, z2 = _checked(z1, z2)
     rank, world = _ranks()
-    first, last = (r * len(z) // world for r in (rank, rank + 1))
-    return _pairs(z, first, last, z1.shape[1], temperature, 1e-12) * ((last - first) * world / len(z))
+    width = z1.shape[1]
+    z = torch.cat([gather(z1), gather(z2)], 1)
+    x = _unit(z - z.mean(0), temperature, dim=0, eps=1e-12).T
+    first = rank * width // world
+    last = (rank + 1) * width // world
+    loss = _pair_loss(x, first, last, temperature)
+    return (loss * world / (2 * width)).to(z1.dtype)

@@ -1,17 +1,18 @@
-"""This project side by side with its peers: time and memory of every case for which there is a goal.
+"""This project side by side with its peers: time and memory of every case that has a goal.
 
-    python tests/benchmark.py                          # everything, about ten minutes on two cores
-    python tests/benchmark.py --only losses            # or augment, jpeg, step, fusion, growth
-    python tests/benchmark.py --json results.json      # the same figures unrounded
+    python tests/benchmark.py                     # all but the race, ten minutes on two cores
+    python tests/benchmark.py --only losses       # or augment, jpeg, step, fusion, growth
+    python tests/benchmark.py --only race         # lightly and ours, same wall time: 35 minutes
+    python tests/benchmark.py --json FILE         # the same figures unrounded
 
-Time: all contestants of a case in one process, in turns (each round in another random order), after a
-warm-up; the median of the rounds. Memory: a fresh process with one thread for each figure, growth of the
-resident set from after set-up to its peak. A ratio is peer / ours, so more is better; where the goal names no
-peer, that of the best. On the CPU; memory on Linux with glibc only.
+Time: all contestants of a case in one process, in turns (each round in another random order), after
+a warm-up; the median of the rounds. Memory: a fresh process with one thread for each figure, growth
+of the resident set from after set-up to its peak. A ratio is peer / ours, so more is better; where
+the goal names no peer, that of the best. On the CPU; memory on Linux with glibc only.
 
 lightly, kornia and pytorch-metric-learning take part when installed. The peers without a package
-(solo-learn, sthalles/SimCLR, the official DimCL, Barlow Twins and MoCo) are formulated anew below: what
-matters is which matrices their losses build, and these are the same.
+(solo-learn, sthalles/SimCLR, the official DimCL, Barlow Twins and MoCo) are formulated anew below:
+what matters is which matrices their losses build, and these are the same.
 """
 
 import argparse
@@ -51,6 +52,7 @@ os.environ.setdefault("LIGHTLY_DID_VERSION_CHECK", "True")  # else lightly asks 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the trainer would take the GPU
 
 import common  # noqa: E402
+import simclr_fusion as trainer  # noqa: E402
 
 Contestants = dict[str, Callable[[], object]]
 PEERS = {p: importlib.util.find_spec(p) for p in ("lightly", "kornia", "pytorch_metric_learning")}
@@ -66,7 +68,7 @@ def interleave(contestants: Contestants, seconds: float = 6.0, most: int = 40) -
     for turn in range(most):
         if turn >= 2 and time.perf_counter() - start > seconds:
             break
-        for name in random.sample(names, len(names)):  # each leaves caches and free memory to the next
+        for name in random.sample(names, len(names)):  # each leaves its caches to the next
             begin = time.perf_counter()
             contestants[name]()
             times[name].append(time.perf_counter() - begin)
@@ -74,19 +76,21 @@ def interleave(contestants: Contestants, seconds: float = 6.0, most: int = 40) -
 
 
 def resident(entry: str) -> int:
-    """Bytes of this process that the kernel states as VmRSS, the resident set, or VmHWM, its peak."""
+    """Bytes of this process: VmRSS, the resident set, or VmHWM, its peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split(entry + ":")[1].split()[0])
 
 
-def grow(build: Callable[..., Contestants], arguments: dict, small: dict, name: str) -> dict[str, float]:
-    """In a fresh process: bytes by which the resident set grows at its peak and in the end, and seconds."""
+def grow(
+    build: Callable[..., Contestants], arguments: dict, small: dict, name: str
+) -> dict[str, float]:
+    """In a fresh process: growth of the resident set at its peak and in the end, and seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
     libc = ctypes.CDLL(None)
-    # Buffers from 64 KiB (M_MMAP_THRESHOLD, -3) live in mappings of their own, which are returned when freed.
-    # By default glibc raises this limit as it goes, and would keep what set-up has freed.
+    # Buffers from 64 KiB (M_MMAP_THRESHOLD, -3) live in mappings of their own, which are returned
+    # when freed. By default glibc raises this limit as it goes, and would keep what set-up freed.
     libc.mallopt(-3, 1 << 16)
     build(**arguments | small)[name]()  # code and tables that load at first use do not count
     contestant = build(**arguments)[name]
@@ -103,20 +107,27 @@ def grow(build: Callable[..., Contestants], arguments: dict, small: dict, name: 
     return {"peak": peak, "held": held, "seconds": seconds}
 
 
-def growth_of(build: Callable[..., Contestants], arguments: dict, small: dict, name: str) -> dict[str, float]:
+def growth_of(
+    build: Callable[..., Contestants], arguments: dict, small: dict, name: str
+) -> dict[str, float]:
     if not Path("/proc/self/clear_refs").exists():
         return dict.fromkeys(("peak", "held", "seconds"), math.nan)
-    # The fork server has imported the packages, so a fresh process costs milliseconds and not seconds.
+    # The fork server has imported the packages: a fresh process costs milliseconds, not seconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "lightly.loss", "lightly.transforms", "kornia.augmentation"])
+    packages = ["__main__", "lightly.loss", "lightly.transforms", "kornia.augmentation"]
+    context.set_forkserver_preload(packages)
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(grow, build, arguments, small, name).result()
 
 
 def measure(
-    build: Callable[..., Contestants], arguments: dict, small: dict, threads: int, seconds: float = 6.0
+    build: Callable[..., Contestants],
+    arguments: dict,
+    small: dict,
+    threads: int,
+    seconds: float = 6.0,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds and bytes of each contestant of `build(**arguments)`; `small` replaces some in the warm-up."""
+    """Seconds and bytes of each contestant of `build(**arguments)`; `small`: for the warm-up."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     for contestant in build(**arguments | small).values():
@@ -139,9 +150,8 @@ def heading(name: str, note: str) -> None:
 
 def show(value: float, unit: str) -> str:
     value *= {"ms": 1e3, "MB": 1e-6}.get(unit, 1)
-    return (
-        f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.01 else 7}f} {unit}".strip()
-    )
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.01 else 7
+    return f"{value:.{digits}f} {unit}".strip()
 
 
 def report(
@@ -165,7 +175,8 @@ def report(
         column, rest = (column, rest) if column in COLUMNS else ("other code", name)
         cells[column] += f"{', ' if cells[column] else ''}{rest} {show(value, unit)}"
     verdict = {True: "yes", False: "**no**", None: ""}[met]
-    row = (case, show(ours, unit), *cells.values(), f"{ratio:.1f}x" if ratio else "", target.strip(), verdict)
+    times = f"{ratio:.1f}x" if ratio else ""
+    row = (case, show(ours, unit), *cells.values(), times, target.strip(), verdict)
     print("|", " | ".join(row), "|", flush=True)
     names = ("case", "unit", "ours", "peers", "ratio", "goal", "met")
     ROWS.append(dict(zip(names, (case, unit, ours, peers, ratio, target, met), strict=True)))
@@ -175,7 +186,7 @@ def report(
 
 
 def solo_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """As in solo-learn: exp of all similarities, then sums under masks made by comparing image numbers."""
+    """As in solo-learn: exp of all similarities, then sums under masks that compare the images."""
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     similar = torch.exp(torch.einsum("id,jd->ij", z, z) / temperature)
     number = torch.arange(len(z1)).repeat(2)
@@ -197,7 +208,7 @@ def sthalles_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 def official_dimcl(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Batch norm, transpose, and a contrastive loss in its log-probability form over the full matrix."""
+    """Batch norm, transpose, and a contrastive loss over the full matrix as log-probabilities."""
     scaled = [F.batch_norm(z, None, None, training=True).T for z in (z1, z2)]
     rows = F.normalize(torch.cat(scaled), dim=1)
     logits = torch.einsum("id,jd->ij", rows, rows) / temperature
@@ -219,10 +230,11 @@ def official_barlow(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
 
 
 def official_moco(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """All logits in one matrix, the positive first, cross entropy with class 0. The queue is (D, K) there."""
+    """All logits in one matrix, the positive first, cross entropy. The queue is (D, K) there."""
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     positive = torch.einsum("nd,nd->n", q, k)[:, None]
-    logits = torch.cat([positive, torch.einsum("nd,dk->nk", q, queue.clone())], 1) / temperature
+    negative = torch.einsum("nd,dk->nk", q, queue.clone())
+    logits = torch.cat([positive, negative], 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
 
 
@@ -244,8 +256,8 @@ def loss_case(kind: str, n: int, d: int, queue_size: int = 65536) -> Contestants
         if PEERS["pytorch_metric_learning"]:
             from pytorch_metric_learning.losses import SelfSupervisedLoss, SupConLoss
 
-            # With one positive a row this is NT-Xent. The package's class of that name builds (pairs x pairs)
-            # matrices, of 0.5 GB each at N=256 and of 34 GB at N=1024.
+            # With one positive a row this is NT-Xent. The package's class of that name builds
+            # (pairs x pairs) matrices, of 0.5 GB each at N=256 and of 34 GB at N=1024.
             losses["pytorch-metric-learning"] = SelfSupervisedLoss(SupConLoss(0.2))
     elif kind == "dimcl":
         losses[OURS] = partial(common.dimcl, temperature=0.1)
@@ -260,19 +272,22 @@ def loss_case(kind: str, n: int, d: int, queue_size: int = 65536) -> Contestants
         losses[OURS] = partial(common.info_nce, queue=queue, temperature=0.2)
         losses["official"] = partial(official_moco, queue=queue.T.contiguous(), temperature=0.2)
         if PEERS["lightly"]:
-            losses["lightly"] = NTXentLoss(0.2, (queue_size, d))  # also writes its keys into the queue
+            losses["lightly"] = NTXentLoss(
+                0.2, (queue_size, d)
+            )  # also writes its keys into the queue
             losses["lightly"].memory_bank.bank.copy_(queue)
 
     def forward_backward(loss: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         value = loss(z1, z2)
-        return [value.detach(), *torch.autograd.grad(value, [z for z in (z1, z2) if z.requires_grad])]
+        learned = [z for z in (z1, z2) if z.requires_grad]
+        return [value.detach(), *torch.autograd.grad(value, learned)]
 
     return {name: partial(forward_backward, loss) for name, loss in losses.items()}
 
 
 def losses(options: argparse.Namespace) -> None:
     heading("losses", "Forward and backward, float32.")
-    small, every = {"n": 256, "d": 2048}, options.threads  # the warm-up of cases that take long is smaller
+    small, every = {"n": 256, "d": 2048}, options.threads  # small: the warm-up of long cases
     for kind, name, n, d, threads, goals in (
         ("nt_xent", "NT-Xent", 256, 128, every, (2, 2)),
         ("nt_xent", "NT-Xent", 1024, 128, every, (2.5, 10)),
@@ -291,7 +306,12 @@ def losses(options: argparse.Namespace) -> None:
         ours = results.pop(OURS)
         pairs = itertools.chain(*(zip(ours, other, strict=True) for other in results.values()))
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-        report(f"{kind}: largest relative difference to a peer, loss and gradient", "", worst, most=1e-4)
+        report(
+            f"{kind}: largest relative difference to a peer, loss and gradient",
+            "",
+            worst,
+            most=1e-4,
+        )
 
 
 # ----------------------------------------------------------------------------------- augmentation
@@ -301,10 +321,12 @@ def views_of_picture(size: int, blur: float) -> dict[str, Callable[[Image.Image]
     """SimCLR's augmentation by the peers that take one image: PIL image -> two views."""
     pairs = {}
     for name, t in (("torchvision v1", v1), ("torchvision v2", v2)):
-        # v1 pipelines use Pillow's blur, which is faster than torchvision's. 13 taps: 3 sigma; ours has 15.
+        # v1 pipelines use Pillow's blur, faster than torchvision's. 13 taps: 3 sigma; ours has 15.
         old, smooth = t is v1, t.GaussianBlur(13, (0.1, 2.0))
         if old:
-            smooth = t.Lambda(lambda p: p.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
+            smooth = t.Lambda(
+                lambda p: p.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+            )
         one = t.Compose(
             [
                 t.RandomResizedCrop(size, scale=(0.08, 1.0)),
@@ -347,7 +369,7 @@ def picture(pixels: Tensor) -> Image.Image:
 
 
 def augment_case(batch: int, blur: float) -> Contestants:
-    """Two 32 px views of decoded images. The peers that take one image are given PIL, their fastest form."""
+    """Two 32 px views of decoded images. Peers that take one image get PIL, their fastest form."""
     pixels = common.load_data("shapes").pretrain.pixels[:batch].clone()
     pictures = [picture(p) for p in pixels]
     recipe, source = replace(common.SIMCLR, size=32, blur=blur), torch.Generator().manual_seed(0)
@@ -361,14 +383,16 @@ def augment_case(batch: int, blur: float) -> Contestants:
 
 
 def augment(options: argparse.Namespace) -> None:
-    heading("augment", "Two 32 px views of decoded images, one thread. Time per image, memory per batch.")
+    note = "Two 32 px views of decoded images, one thread. Time per image, memory per batch."
+    heading("augment", note)
     for batch, blur, goals in (
         (256, 0.0, {"lightly": 12, "kornia": 3}),
         (1024, 0.0, {"lightly": 12, "kornia": 3}),
         (256, 0.5, {"lightly": 8}),
     ):
         times, sizes = measure(augment_case, {"batch": batch, "blur": blur}, {}, 1)
-        name, ours = f"{'blur .5' if blur else 'no blur'}, batch {batch}", times.pop(OURS) / batch
+        name = f"{'blur .5' if blur else 'no blur'}, batch {batch}"
+        ours = times.pop(OURS) / batch
         times = {peer: seconds / batch for peer, seconds in times.items()}
         for peer, goal in goals.items():
             report(f"{name}: time", "ms", ours, times, goal, peer)
@@ -387,7 +411,8 @@ def jpegs(photos: str, count: int) -> list[Path]:
 def jpeg_case(photos: str, count: int) -> Contestants:
     """Two 224 px views from files. Peers open a file once and crop twice, as their data sets do."""
     files = jpegs(photos, count)
-    images = common.OnDisk(photos, np.array([os.fsencode(p.relative_to(photos)) for p in files]))
+    names = np.array([os.fsencode(p.relative_to(photos)) for p in files])
+    images = common.OnDisk(photos, names)
     batches, steps = common.Batches(images, (common.SIMCLR,) * 2, count, seed=0), itertools.count()
     contestants: Contestants = {
         OURS: lambda: next(batches.stream([next(steps)], CPU)),
@@ -396,17 +421,22 @@ def jpeg_case(photos: str, count: int) -> Contestants:
         "PIL": lambda: [Image.open(p).convert("RGB") for p in files],
     }
     for name, views in views_of_picture(224, 0.5).items():
-        contestants[name] = lambda views=views: stacked([views(Image.open(p).convert("RGB")) for p in files])
+        contestants[name] = lambda views=views: stacked(
+            [views(Image.open(p).convert("RGB")) for p in files]
+        )
     return contestants
 
 
 def jpeg(options: argparse.Namespace) -> None:
-    heading("jpeg", "Two 224 px views from files, one thread. Time per image, memory for a batch of 64.")
+    heading(
+        "jpeg", "Two 224 px views from files, one thread. Time per image, memory for a batch of 64."
+    )
     count = len(jpegs(options.photos, 64))
     if not count:
         print(f"\nLeft out: no JPEG below {options.photos}, see --photos", flush=True)
         return
-    times, sizes = measure(jpeg_case, {"photos": options.photos, "count": count}, {"count": 4}, 1, 15)
+    case = {"photos": options.photos, "count": count}
+    times, sizes = measure(jpeg_case, case, {"count": 4}, 1, 15)
     times = {name: seconds / count for name, seconds in times.items()}
     decode = {name: times.pop(name) for name in ("torchvision.io", "PIL")}
     everything, worker = times.pop(OURS), times.pop("worker")
@@ -419,118 +449,202 @@ def jpeg(options: argparse.Namespace) -> None:
     report("everything on the CPU: memory", "MB", sizes[OURS], peers)
 
 
-# ------------------------------------------------------------------------------------------ step
+# ------------------------------------------------------------------------------ training steps
+
+
+def settings(column: str, flags: str) -> argparse.Namespace:
+    """What the trainer makes of these flags for the data set of this column."""
+    args = trainer.parser.parse_args(flags.split())
+    for key, row in trainer.PRESETS.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, row[trainer.DATA_SETS.index(column)])
+    args.peak_lr, args.fusion_lr = args.lr, 0.0
+    return args
+
+
+def our_loss(method: nn.Module, args: argparse.Namespace) -> Callable[[list[Tensor]], Tensor]:
+    def loss(views: list[Tensor]) -> Tensor:
+        with trainer.autocast(args):
+            return method(*views, 0)[0]
+
+    return loss
+
+
+def lightly_loss(method: nn.Module, args: argparse.Namespace) -> Callable[[list[Tensor]], Tensor]:
+    """The same networks as in lightly's examples: a forward for each view, channels first."""
+    from lightly.loss import NTXentLoss
+
+    network = nn.Sequential(method.backbone, method.projector)
+    network.to(memory_format=torch.contiguous_format)
+    criterion = NTXentLoss(args.temperature)
+    return lambda views: criterion(network(views[0]), network(views[1]))
+
+
+def learn(
+    loss: Callable[[list[Tensor]], Tensor],
+    optimizer: torch.optim.Optimizer,
+    views: list[Tensor],
+    share: float = 1.0,
+) -> None:
+    """The step of the trainer's loop, and of lightly's; share: of the peak learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+    value = loss(views)
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
 
 
 def step_case(batch: int, shares: dict[str, list[float]]) -> Contestants:
-    """One training step with its data. `shares` collects the share of each step that went into data."""
-    import simclr_fusion as trainer
+    """One training step with its data. `shares` collects the share of it that went into data."""
+    flags = "--arch resnet18 --stem small --image-size 32 --fusion-layers 0 --temperature 0.5"
+    flags += f" --optimizer sgd --lr 0.06 --weight-decay 5e-4 --batch-size {batch}"
+    data = common.load_data("shapes").pretrain
+    pictures = [picture(p) for p in data.pixels]
 
-    data, recipe = common.load_data("shapes").pretrain, replace(common.SIMCLR, size=32, blur=0.0)
-    args = trainer.Args(arch="resnet18", stem="small", image_size=32, projector="512-128", fusion_layers=0)
-    args.temperature, args.weight_decay = 0.5, 5e-4
-    sgd = {"lr": 0.06, "momentum": 0.9, "weight_decay": args.weight_decay}
+    def timed(name: str, precision: str, form: Callable, batches: Iterator) -> Callable[[], None]:
+        args = settings("cifar", f"{flags} --precision {precision}")
+        args.projector = [512, 128]
+        method = trainer.Method(trainer.build_backbone(args), args)
+        optimizer = trainer.build_optimizer(trainer.parameter_groups(method, args), args)
+        loss = form(method, args)
 
-    def timed(name: str, batches: Iterator, update: Callable[[list[Tensor]], object]) -> Callable[[], None]:
         def step() -> None:
             begin = time.perf_counter()
             views = next(batches)
             waited = time.perf_counter() - begin
-            update(views)
+            learn(loss, optimizer, views)
             shares.setdefault(name, []).append(waited / (time.perf_counter() - begin))
 
         return step
 
-    contestants: Contestants = {}
-    for name, precision in ((OURS, "bf16"), ("ours in fp32", "fp32")):
-        method = trainer.Method(*trainer.build_backbone(args), args, batch)
-        groups = [group for group in trainer.param_groups(method, args, sgd["lr"]) if group["params"]]
-        parts = (
-            method,
-            torch.optim.SGD(groups, fused=True, **sgd),
-            torch.amp.GradScaler("cpu", enabled=False),
-        )
+    def stream() -> Iterator[list[Tensor]]:
+        recipe = replace(common.SIMCLR, size=32, blur=0.0)
+        batches = common.Batches(data, (recipe, recipe), batch, seed=0)
+        return (views for _, views in batches.stream(range(10**6), CPU))
 
-        def ours(views: list[Tensor], parts: tuple = parts, precision: str = precision) -> None:
-            trainer.update(*parts, views, 0, trainer.autocast(replace(args, precision=precision)))
-
-        stream = common.Batches(data, (recipe, recipe), batch, seed=0).stream(range(10**6), CPU)
-        contestants[name] = timed(name, (views for _, views in stream), ours)
+    contestants = {
+        OURS: timed(OURS, "fp32", our_loss, stream()),
+        "ours in bf16": timed("ours in bf16", "bf16", our_loss, stream()),
+    }
     if PEERS["lightly"]:
-        from lightly.loss import NTXentLoss
-
-        backbone, width = trainer.build_backbone(args)
-        net = nn.Sequential(backbone, trainer.mlp(width, args.projector))
-        net.to(memory_format=torch.contiguous_format)
-        optimizer, loss = torch.optim.SGD(net.parameters(), **sgd), NTXentLoss(0.5)
-        pictures = [picture(p) for p in data.pixels]
-
-        def update(views: list[Tensor]) -> None:
-            value = loss(net(views[0]), net(views[1]))
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-
         two = views_of_picture(32, 0.0)["lightly"]
         chosen = (random.choices(pictures, k=batch) for _ in itertools.count())
-        contestants["lightly"] = timed(
-            "lightly", (stacked([two(p) for p in some]) for some in chosen), update
-        )
+        batches = (stacked([two(p) for p in some]) for some in chosen)
+        contestants["lightly"] = timed("lightly", "fp32", lightly_loss, batches)
     return contestants
 
 
 def step(options: argparse.Namespace) -> None:
-    heading("step", "SimCLR, ResNet-18 with the `small` stem, 32 px, batch 16, one thread, data included.")
+    note = (
+        "SimCLR, ResNet-18 with the `small` stem, 32 px, batch 16, fp32, one thread, with its data."
+    )
+    heading("step", note)
     shares: dict[str, list[float]] = {}
     times, sizes = measure(step_case, {"batch": 16, "shares": shares}, {}, 1, 25)
     peers = {name: times[name] for name in times if name == "lightly"}
     report("step: time", "ms", times[OURS], peers, 2, "lightly")
-    report("step in fp32: time", "ms", times["ours in fp32"], peers)
+    report("step in bf16: time", "ms", times["ours in bf16"], peers)
     report("step: memory", "MB", sizes.pop(OURS), sizes)
     waits = {name: 100 * statistics.median(share) for name, share in shares.items()}
     report("share of the step spent on data", "%", waits.pop(OURS), waits, most=3)
+
+
+def race(options: argparse.Namespace) -> None:
+    """Trains both for the same time from the same weights; the learning rate follows the clock."""
+    flags = "--arch resnet10 --stem strided --optimizer adamw --lr 0.002 --batch-size 256"
+    flags += f" --fusion-layers 0 --image-size 32 --precision {options.precision}"
+    note = f"`simclr_fusion.py {flags}` and lightly's SimCLR in fp32, its transform, DataLoader and"
+    heading(
+        "race", f"{note} loss: {options.minutes:g} minutes each, {options.threads}t, our probe."
+    )
+    if not PEERS["lightly"]:
+        print("\nLeft out: lightly is not installed", flush=True)
+        return
+    from lightly.data import LightlyDataset
+    from lightly.transforms import SimCLRTransform
+
+    torch.set_num_threads(options.threads)
+    data = common.load_data(options.data)
+    per_image: dict[str, list[float]] = {OURS: [], "lightly": []}
+    errors: dict[str, list[float]] = {OURS: [], "lightly": []}
+    for seed, name in itertools.product(range(options.seeds), per_image):
+        args = settings("cifar", f"{flags} --seed {seed}")
+        method = trainer.Method(trainer.build_backbone(args), args)
+        optimizer = trainer.build_optimizer(trainer.parameter_groups(method, args), args)
+        if name == OURS:
+            loss = our_loss(method, args)
+            batches = common.Batches(data.pretrain, trainer.recipes(args), args.batch_size, seed)
+            stream = (views for _, views in batches.stream(range(10**6), CPU))
+        else:
+            loss = lightly_loss(method, args)
+            transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
+            images = LightlyDataset(str(Path(options.data, "train")), transform=transform)
+            workers = {"num_workers": options.threads, "persistent_workers": True}
+            order = {"batch_size": args.batch_size, "shuffle": True, "drop_last": True}
+            loader = torch.utils.data.DataLoader(images, **order, **workers)
+            stream = (views for _ in itertools.count() for views, *_ in loader)
+        seen, took, begin = 0, 0.0, time.perf_counter()
+        while took < 60 * options.minutes:
+            share = trainer.schedule(1000 * took / (60 * options.minutes), 1000, warmup=100)
+            learn(loss, optimizer, next(stream), share)
+            seen, took = seen + args.batch_size, time.perf_counter() - begin
+        stream = loader = None  # ends lightly's workers
+        per_image[name].append(took / seen)
+        errors[name].append(100 - trainer.linear_probe(method.backbone, data, args)["top1"])
+        done = f"{seen} images in {took:.0f} s, top-1 {100 - errors[name][-1]:.2f} %"
+        print(f"seed {seed}, {name}: {done}", file=sys.stderr, flush=True)
+    means = {name: statistics.mean(values) for name, values in per_image.items()}
+    report(
+        "time for each image seen", "ms", means[OURS], {"lightly": means["lightly"]}, 2, "lightly"
+    )
+    means = {name: statistics.mean(values) for name, values in errors.items()}
+    case = f"error of the probe, mean of {options.seeds} seeds"
+    report(case, "%", means[OURS], {"lightly": means["lightly"]})
+    case = "error of the probe, our largest and lightly's smallest"
+    report(case, "%", max(errors[OURS]), {"lightly": min(errors["lightly"])}, 1, "lightly")
 
 
 # ---------------------------------------------------------------------------------------- fusion
 
 
 def fusion(options: argparse.Namespace) -> None:
-    import simclr_fusion as trainer
-
-    heading("fusion", f"Layer and network, forward and backward of one view in bf16, {options.threads}t.")
+    note = f"Layer and network, forward and backward of one view in fp32, {options.threads}t."
+    heading("fusion", note)
     torch.set_num_threads(options.threads)
 
     def forward_backward(module: nn.Module, x: Tensor) -> None:
         module.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            out = module(x)
+        out = module(x)
         out.backward(out.detach())
 
     for size, batch, arch, stem, patch, most in (
         (32, 256, "resnet18", "small", 4, 1),
         (224, 64, "resnet50", "imagenet", 16, 3),
     ):
-        network = trainer.build_backbone(trainer.Args(arch=arch, stem=stem, image_size=size))[0]
+        args = settings("cifar", f"--arch {arch} --stem {stem} --image-size {size}")
+        network = trainer.build_backbone(args)
         images = torch.randn(batch, 3, size, size)
         nhwc = images.contiguous(memory_format=torch.channels_last)
         contestants: Contestants = {"network": partial(forward_backward, network, nhwc.clone())}
-        with torch.autocast("cpu", torch.bfloat16):
-            first = network.conv1(nhwc.requires_grad_())
+        first = network.conv1(nhwc.requires_grad_())
 
         def layer_and_gradient(layer: nn.Module, images=images, first=first, nhwc=nhwc) -> None:
             forward_backward(layer, images)
-            # Behind a layer that learns, the network's first convolution has to return a gradient too.
+            # Behind a layer that learns, the network's first convolution returns a gradient too.
             torch.autograd.grad(first, nhwc, first.detach(), retain_graph=True)
 
         for k in (1, 3):
-            contestants[f"k={k}"] = partial(layer_and_gradient, trainer.FusionLayer(batch, 1, patch, k))
+            layer = trainer.FusionLayer(batch, 1, patch, k)
+            contestants[f"k={k}"] = partial(layer_and_gradient, layer)
         for contestant in contestants.values():
             contestant()
         times = interleave(contestants, 15, most=7)
         whole = times.pop("network")
         for name, seconds in times.items():
-            case = f"{arch}, {size} px, batch {batch}, {name}: {show(seconds, 'ms')} + {show(whole, 'ms')}"
-            report(case, "%", 100 * seconds / (seconds + whole), most=most)
+            parts = f"{show(seconds, 'ms')} + {show(whole, 'ms')}"
+            share = 100 * seconds / (seconds + whole)
+            report(f"{arch}, {size} px, batch {batch}, {name}: {parts}", "%", share, most=most)
 
 
 # ---------------------------------------------------------------------------------------- growth
@@ -557,8 +671,8 @@ def folder_case(folder: str) -> Contestants:
 def growth_on_disk(photos: str) -> None:
     """A tree of hard links to photographs, a thousand in each class folder, named as in ImageNet.
 
-    There are 25, because file systems limit the links to a file (ext4: 65,000), and of several sizes, because
-    a small folder of one size is held in memory.
+    There are 25, because file systems limit the links to a file (ext4: 65,000), and of several
+    sizes, because a small folder of one size is held in memory.
     """
     counts, rows, files = [10**3, 10**4, 10**5, 10**6], [], jpegs(photos, 25)
     if not files:
@@ -577,7 +691,9 @@ def growth_on_disk(photos: str) -> None:
                 if i % 1000 == 0:
                     folder.mkdir()
                 os.link(next(links), f"{folder}/n{i // 1000:08d}_{i % 1000}.JPEG")
-            rows.append(growth_of(folder_case, {"folder": str(tree)}, {"folder": str(copies)}, OURS))
+            rows.append(
+                growth_of(folder_case, {"folder": str(tree)}, {"folder": str(copies)}, OURS)
+            )
             report(f"on disk, {last:,} images: start-up", "s", rows[-1]["seconds"], most=30)
     exponent("on disk: start-up", counts, [r["seconds"] for r in rows], 1.1)
     for entry, what in (("held", "memory held"), ("peak", "peak memory")):
@@ -587,7 +703,8 @@ def growth_on_disk(photos: str) -> None:
 
 
 def growth(options: argparse.Namespace) -> None:
-    heading("growth", f"Time with {options.threads}t. Exponents are slopes over the upper half of the sizes.")
+    note = "Exponents are slopes over the upper half of the sizes."
+    heading("growth", f"Time with {options.threads}t. {note}")
     sizes = [2**i for i in range(8, 15)]
     for kind, symbol, fixed in (("nt_xent", "n", {"d": 128}), ("dimcl", "d", {"n": 256})):
         times, memory = [], []
@@ -607,33 +724,38 @@ def growth(options: argparse.Namespace) -> None:
     growth_on_disk(options.photos)
 
 
-SECTIONS = {f.__name__: f for f in (losses, augment, jpeg, step, fusion, growth)}
+SECTIONS = {f.__name__: f for f in (losses, augment, jpeg, step, fusion, growth, race)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=SECTIONS)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument(
-        "--photos", default=str(ROOT / "../shared/data/photos"), help="folder with JPEG files"
+    flag, shared = parser.add_argument, ROOT / "../shared/data"
+    flag("--only", choices=SECTIONS)
+    flag("--json", type=Path, help="also write the figures to this file")
+    flag("--photos", default=str(shared / "photos"), help="folder with JPEG files")
+    flag("--threads", type=int, default=torch.get_num_threads(), help="if a row names no other")
+    flag(
+        "--data", default=str(shared / "cifar10"), help="of the race: a folder with train/ and val/"
     )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="if a row names no other"
-    )
+    flag("--minutes", type=float, default=5, help="of the race, for each run")
+    flag("--seeds", type=int, default=3, help="of the race")
+    flag("--precision", default="fp32", help="of the race, ours")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     start = time.perf_counter()
-    setting = f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    setting = f"{versions}, {os.cpu_count()} cores"
     print(f"{setting}, {options.threads} threads where a row names no other", flush=True)
     absent = ", ".join(name for name, found in PEERS.items() if not found) or "none"
     print(f"Peers that are not installed, left out below: {absent}", flush=True)
     for name, section in SECTIONS.items():
-        if options.only in (None, name):
+        if options.only == name or options.only is None and name != "race":
             section(options)
     missed = [r["case"] for r in ROWS if r["met"] is False]
     print(f"\n{time.perf_counter() - start:.0f} s. Goals not met: {'; '.join(missed) or 'none'}")
     if options.json:
-        options.json.write_text(json.dumps({"setting": setting, "absent": absent, "rows": ROWS}, indent=1))
+        content = {"setting": setting, "absent": absent, "rows": ROWS}
+        options.json.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

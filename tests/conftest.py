@@ -1,14 +1,16 @@
-"""What the tests share: the scripts, devices, small folders of images, runs of the command line."""
+"""What the tests share: the scripts, devices, folders of images, runs of the command line."""
 
+import copy
 import importlib
-import inspect
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,32 +21,29 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real photographs, where this checkout has them
 sys.path.insert(0, str(ROOT))
 
-NAMES = ("simclr_fusion", "mocov2_fusion", "byol_dimcl", "barlow_dimcl", "simclr_curation")
-SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
+SCRIPTS = ("simclr_fusion", "mocov2_fusion", "byol_dimcl", "barlow_dimcl", "simclr_curation")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-# The network and the run that every test of a script uses: a second of work on one core.
-TINY = (
-    "--arch resnet10 --stem strided --image-size 16 --epochs 2 --batch-size 16 --probe-epochs 2 --log-every 1"
-)
-TINY += " --precision fp32 --workers 0 --optimizer sgd --lr 0.1"
-OWN = {  # small versions of what belongs to one script
-    "simclr_fusion": "--projector 16-8",
-    "mocov2_fusion": "--projector 16-8 --queue-size 32",
-    "byol_dimcl": "--projector 16-8",
-    "barlow_dimcl": "--projector 16-24",
-    "simclr_curation": "--projector 16-8 --curation-start 0.25",
-}
+# The network and the run of most tests: a second or two of work on one core.
+TINY = "--arch resnet10 --stem strided --image-size 16 --epochs 2 --batch-size 16 --probe-epochs 2"
+TINY += " --log-every 1 --precision fp32 --workers 0 --optimizer sgd --lr 0.1"
+OWN = {"mocov2_fusion": "--queue-size 32", "simclr_curation": "--curation-start 0.25"}
 
 
 def flags(name: str, extra: str = "") -> list[str]:
     """The command line of a tiny run of script `name`; later flags win over earlier ones."""
-    return f"{TINY} {OWN[name]} {extra}".split()
+    return f"{TINY} {OWN.get(name, '')} {extra}".split()
 
 
 def pytest_configure(config):
-    # torchvision 0.29 announces, once an image, that it will drop its decoders.
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
+    for line in (
+        "error::FutureWarning",
+        "error::DeprecationWarning",
+        "ignore:The image decoding and encoding:DeprecationWarning",  # torchvision, at each image
+        "ignore:.*multi-threaded, use of fork:DeprecationWarning",  # Python 3.12, data workers
+    ):
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(params=DEVICES)
@@ -71,16 +70,19 @@ def real() -> Path:
     return REAL
 
 
-def write_images(folder: Path, classes: int, each: int, sizes=((24, 24),), quality: int = 90) -> Path:
-    """JPEG files of noise on a colour of the class, folder/class_0/0.jpg ...; `sizes` take turns."""
+def write_images(
+    folder: Path, classes: int, each: int, sizes=((24, 24),), quality: int = 90
+) -> Path:
+    """JPEG files of noise on a colour of the class, class_0/0.jpg ...; `sizes` take turns."""
     rng = np.random.default_rng(classes * 1000 + each)
     for label in range(classes):
         (folder / f"class_{label}").mkdir(parents=True, exist_ok=True)
         colour = rng.integers(40, 216, 3)
         for i in range(each):
             height, width = sizes[(label * each + i) % len(sizes)]
-            pixels = (colour + rng.integers(-40, 40, (height, width, 3))).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"class_{label}" / f"{i}.jpg", quality=quality)
+            pixels = (colour + rng.integers(-40, 40, (height, width, 3))).clip(0, 255)
+            image = Image.fromarray(pixels.astype(np.uint8))
+            image.save(folder / f"class_{label}" / f"{i}.jpg", quality=quality)
     return folder
 
 
@@ -102,46 +104,55 @@ def mixed(tmp_path_factory) -> Path:
     return folder
 
 
-@contextmanager
-def command_line(*words: str):
-    old, sys.argv = sys.argv, [str(w) for w in words]
-    try:
-        yield
-    finally:
-        sys.argv = old
-
-
-def settled(script: ModuleType, extra: str = "", data=None):
-    """The effective Args of a tiny run of `script`, and its data: 64 noise images of 16 x 16 by default."""
+def noise(count: int = 64, size: int = 16):
+    """Data of random images in memory, in two classes."""
     import common
 
-    if data is None:
-        pixels = torch.randint(0, 256, (64, 3, 16, 16), generator=common.generator(7), dtype=torch.uint8)
-        held = common.InMemory(pixels, np.arange(64) % 2)
-        data = common.Data(held, held, held)
-    with command_line(script.__name__, *flags(script.__name__, extra)):
-        args, given = script.parse()
-    script.settle(args, given, data)
-    return args, data
+    g = common.generator(7)
+    pixels = torch.randint(0, 256, (count, 3, size, size), generator=g, dtype=torch.uint8)
+    held = common.InMemory(pixels, np.arange(count) % 2)
+    return common.Data(held, held, held)
 
 
-def small_backbone() -> tuple[torch.nn.Module, int]:
+@contextmanager
+def command_line(script: ModuleType, words: list[str], data=None):
+    """Within it `script` sees these words, these images and small heads, and a fresh parser."""
+    small = {"projector": [16, 8], "predictor": [16, 8]}
+    if script.__name__ == "barlow_dimcl":
+        small = {"projector": [16, 24]}
+    small = {key: (value,) * 5 for key, value in small.items() if key in script.PRESETS}
+    data = noise() if data is None else data
+    with (
+        mock.patch.object(sys, "argv", [script.__name__, *words]),
+        mock.patch.object(script, "load_data", lambda *_: data),
+        mock.patch.object(script, "parser", copy.deepcopy(script.parser)),
+        mock.patch.dict(script.PRESETS, small),
+    ):
+        yield
+
+
+def configured(script: ModuleType, extra: str = "", data=None):
+    """The settings of a tiny run of `script`, and its data: by default 64 images of 16 x 16."""
+    with command_line(script, flags(script.__name__, extra), data):
+        return script.configure()
+
+
+def small_backbone(dropout: float = 0.0) -> torch.nn.Module:
     """A network of a few milliseconds, for tests that are not about the network."""
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 12, 3, 2, bias=False), torch.nn.BatchNorm2d(12), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()), 48
+    layers += [torch.nn.Dropout(dropout), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+    net = torch.nn.Sequential(*layers)
+    net.num_features = 48
+    return net
 
 
-def built(script: ModuleType, extra: str = "", steps: int = 8, small: bool = True) -> SimpleNamespace:
-    """args, data, model, optimizer of a tiny run, made as main() makes them."""
-    args, data = settled(script, extra)
-    backbone, width = small_backbone() if small else script.build_backbone(args)
-    known = {"share": args.batch_size // script.WORLD, "steps": steps}
-    asked = [known[name] for name in inspect.signature(script.Method).parameters if name in known]
-    model = script.Method(backbone, width, args, *asked).to(script.DEVICE)
-    groups = [g for g in script.param_groups(model, args, args.lr) if g["params"]]
-    kind = {"lars": script.LARS, "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = kind(groups, args.lr)
+def built(script: ModuleType, extra: str = "", small: bool = True) -> SimpleNamespace:
+    """args, data, model and optimizer of a tiny run, made as train() makes them."""
+    args, data = configured(script, extra)
+    backbone = small_backbone() if small else script.build_backbone(args)
+    model = script.Method(backbone, args).to(script.DEVICE)
+    optimizer = script.build_optimizer(script.parameter_groups(model, args), args)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"]
     return SimpleNamespace(args=args, data=data, model=model, optimizer=optimizer)
@@ -149,19 +160,37 @@ def built(script: ModuleType, extra: str = "", steps: int = 8, small: bool = Tru
 
 def views(script: ModuleType, run: SimpleNamespace, step: int) -> list[torch.Tensor]:
     """The two views of the batch of `step` of a run that `built` has made."""
-    from common import Batches
-
-    count = run.args.batch_size * getattr(run.args, "curation_candidates", 1)
-    recipes, rank = script.recipes(run.args), (script.RANK, script.WORLD)
-    batches = Batches(run.data.pretrain, recipes, count, run.args.seed, *rank)
-    return next(batches.stream([step], script.DEVICE))[1]
+    return next(script.view_stream(range(step, step + 1), run.data, run.args, 0))[1]
 
 
-def inside(capfd, name: str, *words: str) -> SimpleNamespace:
-    """Runs a script's command line in this process (no seconds of start-up): code, out and err."""
+def same(a: object, b: object) -> bool:
+    """Equal, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@contextmanager
+def process_state():
+    """Undoes what main() changes in its process."""
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        for number, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def inside(capfd, name: str, *words: object) -> SimpleNamespace:
+    """Runs a command line in this process, which saves the start-up: code, out and err."""
     capfd.readouterr()
     code = 0
-    with command_line(str(ROOT / f"{name}.py"), *words):
+    with mock.patch.object(sys, "argv", [f"{name}.py", *map(str, words)]), process_state():
         try:
             runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
         except SystemExit as end:
@@ -174,22 +203,35 @@ def environment(cpu: bool = True, **more: str) -> dict[str, str]:
     """For a process of its own: one thread, so that two at a time share two cores."""
     unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in unset}
-    return kept | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {}) | more
+    kept["OMP_NUM_THREADS"] = "1"
+    kept["PYTHONWARNINGS"] = "error::FutureWarning,error::DeprecationWarning"
+    return kept | ({"CUDA_VISIBLE_DEVICES": ""} if cpu else {}) | more
+
+
+def start(*words: object, **more) -> subprocess.Popen:
+    """Starts `python words` in a process and a group of its own."""
+    words = [sys.executable, *map(str, words)]
+    more = {"cwd": ROOT, "env": environment(), "start_new_session": True} | more
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, **more)
 
 
 def python(
     *words: object, cwd: Path = ROOT, cpu: bool = True, timeout: float = 240, **env: str
 ) -> SimpleNamespace:
     """Runs `python words` in a process of its own: code, out and err."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=cwd,
-        env=environment(cpu, **env),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+    process = start(*words, cwd=cwd, env=environment(cpu, **env))
+    return result(process, timeout)
+
+
+def result(process: subprocess.Popen, timeout: float = 240) -> SimpleNamespace:
+    """Waits for its end: code, out and err. A process that hangs is killed, with its group."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -1,7 +1,7 @@
-"""The augmentation: each operation is torchvision's, for each sample, and nothing depends on the rest.
+"""The augmentation: each operation is torchvision's, for each sample, whatever the others are.
 
-`Augment.draw` gives a row of numbers in [0, 1) for each sample. A row that holds the same number v everywhere
-fixes all parameters without knowing which column means what: what goes from a to b becomes a + v (b - a).
+`Augment.draw` gives numbers in [0, 1) for each sample. One number v in place of all of them fixes
+all parameters: what goes from a to b becomes a + v (b - a).
 """
 
 from itertools import permutations
@@ -12,12 +12,19 @@ import torch
 import torchvision.transforms.functional as TF
 from torchvision.transforms import RandomResizedCrop
 
-from common import BYOL_VIEWS, MOCO_V2, SIMCLR, Augment, Batches, InMemory, generator
+import common
+from common import BYOL_VIEWS, MOCO_V2, NUMBERS, SIMCLR, Augment, Batches, InMemory, generator
 
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-NONE = {"jitter": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "gray": 0.0}
+NONE = {
+    "jitter": 0.0,
+    "brightness": 0.0,
+    "contrast": 0.0,
+    "saturation": 0.0,
+    "hue": 0.0,
+    "gray": 0.0,
+}
 NONE |= {"blur": 0.0, "flip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0), **RAW}
-WIDTH = SIMCLR.draw(1, generator(0)).shape[1]
 V = np.array([0.0, 0.1, 0.25, 0.4, 0.5, 0.62, 0.75, 0.9, 0.999])
 
 
@@ -27,11 +34,16 @@ def only(size=24, **settings) -> Augment:
 
 
 def fixed(v) -> np.ndarray:
-    return np.repeat(np.asarray(v, float)[:, None], WIDTH, 1)
+    u = np.empty(len(v), NUMBERS)
+    for name in NUMBERS.names:
+        u[name].T[:] = v
+    return u
 
 
 def noise(n, height=24, width=24, device="cpu", smooth=False) -> torch.Tensor:
-    x = torch.randint(0, 256, (n, 3, height, width), generator=generator(height, width), dtype=torch.uint8)
+    x = torch.randint(
+        0, 256, (n, 3, height, width), generator=generator(height, width), dtype=torch.uint8
+    )
     x[0, :, :4] = x[0, :1, :4]  # gray
     x[0, :, 4:6], x[0, :, 6:8] = 0, 255  # black, white
     x[0, 1:, 8:10] = x[0, 1:2, 8:10]  # two channels equal
@@ -45,7 +57,7 @@ def check(recipe, reference, device, v=V, tolerance=1e-5):
         assert (mine - reference(image, float(value))).abs().max() <= tolerance, value
 
 
-# -------------------------------------------------------------------------------------- each operation
+# ----------------------------------------------------------------------------------- each operation
 
 
 def test_nothing(device):
@@ -57,7 +69,7 @@ def test_normalisation(device):
     check(only(mean=mean, std=std), lambda x, v: TF.normalize(x, mean, std), device)
     x = noise(2, device=device)
     recipe = only(mean=mean, std=std)
-    assert (recipe.restore(recipe.apply(x, None)) - x / 255).abs().max() < 1e-6
+    assert (recipe.restore(recipe.centre(x)) - x / 255).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("size", [8, 16, 24, 40])
@@ -73,18 +85,21 @@ def test_crop_resize_flip(size, shape, device):
 
 
 @pytest.mark.parametrize(
-    ("size", "shape", "side"), [(24, (30, 40), 30), (128, (200, 160), 140), (16, (9, 9), 9)]
+    ("size", "shape", "side"),
+    [(24, (30, 40), 30), (128, (200, 160), 140), (128, (128, 128), 128), (16, (9, 9), 9)],
 )
 def test_centre_crop_for_evaluation(size, shape, side, device):
     x = noise(3, *shape, device=device)
-    ours = only(size).apply(x, None)
+    ours = only(size).centre(x)
     for image, mine in zip(x.float() / 255, ours, strict=True):
         view = TF.resize(TF.center_crop(image, [side, side]), [size, size], antialias=True)
         assert (mine - view).abs().max() <= 1e-5
 
 
 def test_brightness(device):
-    check(only(jitter=1, brightness=0.8), lambda x, v: TF.adjust_brightness(x, 0.2 + 1.6 * v), device)
+    check(
+        only(jitter=1, brightness=0.8), lambda x, v: TF.adjust_brightness(x, 0.2 + 1.6 * v), device
+    )
 
 
 def test_contrast(device):
@@ -92,7 +107,9 @@ def test_contrast(device):
 
 
 def test_saturation(device):
-    check(only(jitter=1, saturation=0.8), lambda x, v: TF.adjust_saturation(x, 0.2 + 1.6 * v), device)
+    check(
+        only(jitter=1, saturation=0.8), lambda x, v: TF.adjust_saturation(x, 0.2 + 1.6 * v), device
+    )
     # A factor is never negative, as in torchvision.
     check(only(jitter=1, saturation=1.5), lambda x, v: TF.adjust_saturation(x, 2.5 * v), device)
 
@@ -134,13 +151,28 @@ def test_jitter_in_all_orders(device):
             x = operations[i](x)
         return x
 
-    check(only(jitter=1, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1), reference, device, v, 3e-5)
+    check(
+        only(jitter=1, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1),
+        reference,
+        device,
+        v,
+        3e-5,
+    )
 
 
 def test_everything_in_the_order_of_the_docstring(device):
     """Crop, flip, jitter, gray, blur, solarize, normalise; brightness alone in the jitter."""
     recipe = Augment(
-        size=20, flip=1, jitter=1, brightness=0.4, contrast=0, saturation=0, hue=0, gray=1, blur=1, solarize=1
+        size=20,
+        flip=1,
+        jitter=1,
+        brightness=0.4,
+        contrast=0,
+        saturation=0,
+        hue=0,
+        gray=1,
+        blur=1,
+        solarize=1,
     )
     u = fixed(V)
     boxes, _ = recipe.boxes(u, 24, 24)
@@ -151,18 +183,22 @@ def test_everything_in_the_order_of_the_docstring(device):
         x = TF.rgb_to_grayscale(TF.adjust_brightness(x, 0.6 + 0.8 * v), 3)
         x = TF.gaussian_blur(x, [15, 15], [0.1 + 1.9 * v])
         away = (x - 0.5).abs() < 1e-5  # where rounding decides whether a pixel is inverted
-        return torch.where(away, torch.nan, TF.normalize(TF.solarize(x, 0.5), recipe.mean, recipe.std))
+        return torch.where(
+            away, torch.nan, TF.normalize(TF.solarize(x, 0.5), recipe.mean, recipe.std)
+        )
 
     x = noise(len(V), device=device)
     for image, v, mine in zip(x.float() / 255, V, recipe.apply(x, u), strict=True):
         assert (mine - reference(image, float(v))).nan_to_num().abs().max() <= 1e-4
 
 
-# ------------------------------------------------------------------------------------------ statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def test_boxes_are_distributed_as_torchvisions():
-    """Area, ratio, place of 4,000 crops of a wide image against torchvision's own, by their deciles."""
+    """Area, ratio, place of 4,000 crops of a wide image against torchvision's own, by their
+    deciles.
+    """
     recipe, count = Augment(size=16), 4000
     boxes, flips = recipe.boxes(recipe.draw(count, generator(1)), 60, 100)
     torch.manual_seed(0)
@@ -176,11 +212,16 @@ def test_boxes_are_distributed_as_torchvisions():
         lambda b: b[:, 0] / 60,
         lambda b: b[:, 1] / 100,
     ):
-        a, b = (np.quantile(measure(x.astype(float)), np.linspace(0.1, 0.9, 9)) for x in (boxes, theirs))
+        a, b = (
+            np.quantile(measure(x.astype(float)), np.linspace(0.1, 0.9, 9)) for x in (boxes, theirs)
+        )
         assert abs(a - b).max() < 0.06
     top, left, height, width = boxes.T
     assert (
-        (top >= 0).all() and (left >= 0).all() and (top + height <= 60).all() and (left + width <= 100).all()
+        (top >= 0).all()
+        and (left >= 0).all()
+        and (top + height <= 60).all()
+        and (left + width <= 100).all()
     )
     assert height.min() >= 1 and width.min() >= 1
     assert abs(flips.mean() - 0.5) < 0.03
@@ -200,9 +241,11 @@ def test_boxes_of_extreme_images():
         boxes, _ = recipe.boxes(recipe.draw(50, generator(2)), height, width)
         assert (boxes[:, 2:] >= 1).all() and (boxes[:, 0] + boxes[:, 2] <= height).all()
         assert (boxes[:, 1] + boxes[:, 3] <= width).all()
-        assert recipe.apply(noise(50, 20, 20)[:, :, :height, :width].contiguous(), None).isfinite().all()
+        assert recipe.centre(noise(50, 20, 20)[:, :, :height, :width]).isfinite().all()
     wide, _ = Augment(scale=(0.9, 1.0)).boxes(SIMCLR.draw(5, generator(2)), 4, 400)
-    assert wide.tolist() == [[0, 197, 4, 5]] * 5 or wide.tolist() == [[0, 198, 4, 5]] * 5  # 4 x 4/3, rounded
+    assert (
+        wide.tolist() == [[0, 197, 4, 5]] * 5 or wide.tolist() == [[0, 198, 4, 5]] * 5
+    )  # 4 x 4/3, rounded
 
 
 def share(changed: torch.Tensor) -> float:
@@ -214,7 +257,12 @@ def test_probabilities(device):
     x = torch.randint(0, 256, (1, 3, 8, 8), generator=generator(5), dtype=torch.uint8).to(device)
     x = x.expand(count, -1, -1, -1)
     plain, wide = x.float() / 255, x.repeat(1, 1, 2, 2)
-    for setting in ({"gray": 0.2}, {"solarize": 0.3}, {"jitter": 0.8, "brightness": 0.4}, {"flip": 0.5}):
+    for setting in (
+        {"gray": 0.2},
+        {"solarize": 0.3},
+        {"jitter": 0.8, "brightness": 0.4},
+        {"flip": 0.5},
+    ):
         name, probability = next(iter(setting.items()))
         views = only(8, **setting)(x.contiguous(), generator(6))
         assert abs(share((views - plain).abs() > 1e-4) - probability) < 0.04, name
@@ -225,7 +273,12 @@ def test_probabilities(device):
 def test_ranges(device):
     """Brightness of a gray image: factors uniform from .2 to 1.8, one for each sample."""
     x = torch.full((2000, 3, 4, 4), 64, dtype=torch.uint8, device=device)
-    factors = (only(4, jitter=1, brightness=0.8)(x, generator(8)) / (64 / 255)).mean((1, 2, 3)).cpu().numpy()
+    factors = (
+        (only(4, jitter=1, brightness=0.8)(x, generator(8)) / (64 / 255))
+        .mean((1, 2, 3))
+        .cpu()
+        .numpy()
+    )
     expected = 0.2 + 1.6 * np.linspace(0.1, 0.9, 9)
     assert factors.min() >= 0.2 - 1e-5 and factors.max() <= 1.8 + 1e-5
     assert abs(np.quantile(factors, np.linspace(0.1, 0.9, 9)) - expected).max() < 0.07
@@ -234,9 +287,10 @@ def test_ranges(device):
 
 def test_parameters_are_independent():
     """No two of the numbers that decide a view go together."""
-    u = SIMCLR.draw(5000, generator(9))
+    drawn = SIMCLR.draw(5000, generator(9))
+    u = np.column_stack([drawn[name] for name in NUMBERS.names])
     assert u.min() >= 0 and u.max() < 1
-    correlation = np.corrcoef(u.T) - np.eye(WIDTH)
+    correlation = np.corrcoef(u.T) - np.eye(u.shape[1])
     assert abs(correlation).max() < 0.07
 
 
@@ -258,13 +312,18 @@ def test_recipes():
         0.5,
     )
     assert SIMCLR.brightness == SIMCLR.contrast == SIMCLR.saturation == 0.8
-    assert (MOCO_V2.scale[0], MOCO_V2.brightness, MOCO_V2.saturation, MOCO_V2.hue) == (0.2, 0.4, 0.4, 0.1)
+    assert (MOCO_V2.scale[0], MOCO_V2.brightness, MOCO_V2.saturation, MOCO_V2.hue) == (
+        0.2,
+        0.4,
+        0.4,
+        0.1,
+    )
     for view, blur, solarize in zip(BYOL_VIEWS, (1.0, 0.1), (0.0, 0.2), strict=True):
         assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
         assert (view.blur, view.solarize, view.scale[0]) == (blur, solarize, 0.08)
 
 
-# ----------------------------------------------------------------------- a pure function, sample by sample
+# ---------------------------------------------------------------- a pure function, sample by sample
 
 
 @pytest.mark.parametrize("size", [40, 72])  # on a CPU many at a time, and one by one
@@ -274,7 +333,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(size, device):
     u = recipe.draw(90, generator(11))
     together = recipe.apply(x, u)
     for some in (slice(0, 1), slice(7, 30), slice(41, 90), [80, 3, 3, 41]):
-        torch.testing.assert_close(recipe.apply(x[some], u[some]), together[some], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            recipe.apply(x[some], u[some]), together[some], rtol=0, atol=1e-5
+        )
     assert x.equal(noise(90, 48, 48, device=device))  # the images are not changed
 
 
@@ -302,7 +363,10 @@ def test_ranks_share_the_batch_of_one(device):
     recipe = Augment(size=16)
     for step in (0, 5):
         rows, whole = next(Batches(images, (recipe, recipe), 8, 3).stream([step], device))
-        parts = [next(Batches(images, (recipe, recipe), 8, 3, r, 4).stream([step], device)) for r in range(4)]
+        parts = [
+            next(Batches(images, (recipe, recipe), 8, 3, r, 4).stream([step], device))
+            for r in range(4)
+        ]
         assert np.array_equal(np.concatenate([r for r, _ in parts]), rows)
         for view in range(2):
             together = torch.cat([views[view] for _, views in parts])
@@ -318,10 +382,34 @@ def test_random_numbers_of_the_cpu_on_every_device(device):
 
 
 def test_generator_is_a_pure_function_of_its_key():
-    keys = (0,), (1,), (0, 1), (1, 1), (0, 1, 2), (0, 2, 1), (2**40, 1)
+    keys = (
+        (0,),
+        (1,),
+        (-1,),
+        (0, 1),
+        (1, 1),
+        (0, 1, 2),
+        (0, 2, 1),
+        (2**40, 1),
+        (0, "a"),
+        ("a", 0),
+        (0, "b"),
+    )
     draw = {key: torch.rand(4, generator=generator(*key)) for key in keys}
     assert len({tuple(x.tolist()) for x in draw.values()}) == len(keys)
-    assert torch.equal(draw[0, 1], torch.rand(4, generator=generator(0, 1)))
+    assert torch.equal(draw[0, "a"], torch.rand(4, generator=generator(0, "a")))
+    # Of the text alone, not of Python's hash, which differs between processes.
+    assert generator(3, "order", 7).initial_seed() == 4770693514519076952
+
+
+def test_new_numbers_leave_the_old_ones(monkeypatch):
+    """A number appended to what is drawn for a view changes none of those before it."""
+    before = SIMCLR.draw(6, generator(1))
+    monkeypatch.setattr(common, "NUMBERS", np.dtype([*NUMBERS.descr, ("new", float, 3)]))
+    after = SIMCLR.draw(6, generator(1))
+    assert after["new"].shape == (6, 3)
+    for name in NUMBERS.names:
+        assert np.array_equal(before[name], after[name])
 
 
 @pytest.mark.parametrize("recipe", [SIMCLR, MOCO_V2, *BYOL_VIEWS])
@@ -331,4 +419,4 @@ def test_never_asks_the_device(recipe):
     recipe = Augment(**(vars(recipe) | {"size": 40}))
     views = recipe(x, generator(0))
     assert views.is_meta and views.shape == (16, 3, 40, 40) and views.dtype == torch.float32
-    assert recipe.apply(x, None).shape == views.shape
+    assert recipe.centre(x).shape == views.shape

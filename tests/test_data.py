@@ -1,15 +1,20 @@
-"""Where images come from: the drawn shapes, folders in every arrangement, the archives, unreadable files."""
+"""Where images come from: the drawn shapes, folders in every arrangement, the archives, unreadable
+files.
+"""
 
+import gc
 import hashlib
-import importlib
+import os
 import pickle
+import signal
 import tarfile
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+import torch.utils.data
+from conftest import python, write_images
 from PIL import Image
 from torchvision import datasets
 
@@ -23,7 +28,7 @@ def files(images: OnDisk) -> set[str]:
     return {f.decode() for f in images.files}
 
 
-# ---------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 def test_shapes():
@@ -40,7 +45,8 @@ def test_shapes():
     assert torch.equal(again.train.pixels, data.train.pixels) and torch.equal(
         again.val.pixels, data.val.pixels
     )
-    # Colour, contrast and noise say nothing of the class: no mean differs by more than chance allows.
+    # Colour, contrast and noise say nothing of the class: no mean differs by more than chance
+    # allows.
     x = data.train.pixels.float().div(255)
     for statistic in (x.mean((2, 3)), x[:, :, :2, :2].mean((2, 3))):
         groups = torch.stack([statistic[data.train.labels == label].mean(0) for label in range(10)])
@@ -48,7 +54,7 @@ def test_shapes():
         assert ((groups - statistic.mean(0)).abs() / error).max() < 4.5
 
 
-# --------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def test_train_and_val(images):
@@ -58,7 +64,9 @@ def test_train_and_val(images):
     assert data.train.labels.tolist() == [0] * 32 + [1] * 32
     assert data.val.labels.tolist() == [0] * 10 + [1] * 10
     first = datasets.folder.default_loader(images / "train" / "class_0" / "0.jpg")
-    difference = data.train.pixels[0].int() - torch.from_numpy(np.array(first)).permute(2, 0, 1).int()
+    difference = (
+        data.train.pixels[0].int() - torch.from_numpy(np.array(first)).permute(2, 0, 1).int()
+    )
     assert difference.abs().max() <= 3  # decoders round differently
 
 
@@ -76,7 +84,9 @@ def test_class_folders_alone(tmp_path):
     assert (len(data.train), len(data.val)) == (36, 4) and len(data.pretrain) == 36
     assert files(data.train).isdisjoint(files(data.val)) and files(data.val) == files(again.val)
     for part in (data.train, data.val):
-        assert all(part.labels[i] == int(part.files[i].split(b"/")[0][-1:]) for i in range(len(part)))
+        assert all(
+            part.labels[i] == int(part.files[i].split(b"/")[0][-1:]) for i in range(len(part))
+        )
 
 
 def test_few_images_in_class_folders(tmp_path):
@@ -105,7 +115,10 @@ def test_images_without_labels(tmp_path, arrangement):
     (folder / "notes.txt").write_text("not an image")
     data = load_data(str(folder))
     assert (
-        len(data.pretrain) == 6 and data.pretrain.labels is None and data.train is None and data.val is None
+        len(data.pretrain) == 6
+        and data.pretrain.labels is None
+        and data.train is None
+        and data.val is None
     )
 
 
@@ -157,14 +170,17 @@ def test_in_memory_or_on_disk(tmp_path, monkeypatch):
 
 
 def test_both_ways_show_the_same(images, mixed):
-    """On disk, crops are rounded to whole numbers, so views differ by a rounding: 1/255 before colours."""
+    """On disk, crops are rounded to whole numbers, so views differ by a rounding: 1/255 before
+    colours.
+    """
     folder = images / "train"
     disk = common._list_images(folder)[0]
     memory = load_data(str(images)).train
     calm = Augment(size=16, jitter=0.0, gray=0.0, blur=0.0, mean=(0, 0, 0), std=(1, 1, 1))
     for seed in (None, 5):
         a, b = (
-            next(Batches(x, [calm, calm], 16, seed).stream([1], torch.device("cpu"))) for x in (memory, disk)
+            next(Batches(x, [calm, calm], 16, seed).stream([1], torch.device("cpu")))
+            for x in (memory, disk)
         )
         assert np.array_equal(a[0], b[0])
         for x, y in zip(a[1], b[1], strict=True):
@@ -186,26 +202,29 @@ def test_workers_change_nothing(mixed):
 def test_an_epoch_shows_each_image_once(images):
     train = load_data(str(images)).train  # 64
     batches = Batches(train, [SMALL], 12, 0)
-    epochs = [np.concatenate([batches.plan(step)[0] for step in range(5 * e, 5 * e + 5)]) for e in range(3)]
+    epochs = [
+        np.concatenate([batches.rows(step) for step in range(5 * e, 5 * e + 5)]) for e in range(3)
+    ]
     for shown in epochs:
         assert len(set(shown.tolist())) == 60
     assert not np.array_equal(epochs[0], epochs[1])
     assert not np.array_equal(
-        epochs[0], np.concatenate([Batches(train, [SMALL], 12, 1).plan(s)[0] for s in range(5)])
+        epochs[0], np.concatenate([Batches(train, [SMALL], 12, 1).rows(s) for s in range(5)])
     )
-    evaluation = Batches(train, [SMALL], 12, shuffle=False)
+    evaluation = Batches(train, [SMALL], 12)
     steps = list(evaluation.stream(range(6), torch.device("cpu")))
     assert (
-        np.concatenate([rows for rows, _ in steps]).tolist() == list(range(64)) and len(steps[-1][1][0]) == 4
+        np.concatenate([rows for rows, _ in steps]).tolist() == list(range(64))
+        and len(steps[-1][1][0]) == 4
     )
 
 
-# ----------------------------------------------------------------------------------- kinds of image files
+# ----------------------------------------------------------------------------- kinds of image files
 
 
 def saved(picture: Image.Image, path, **options) -> torch.Tensor:
     picture.save(path, **options)
-    return OnDisk(path.parent, np.array([path.name.encode()])).read(0)[1]
+    return OnDisk(path.parent, np.array([path.name.encode()])).read(0)[0]
 
 
 def test_kinds_of_files(tmp_path):
@@ -222,6 +241,7 @@ def test_kinds_of_files(tmp_path):
         ("gray.png", rgb.convert("L"), {}),
         ("rgb.webp", rgb, {"lossless": True}),
         ("rgb.bmp", rgb, {}),
+        ("palette.gif", rgb.quantize(16), {}),
         ("rgb.tiff", rgb, {}),
     ):
         image = saved(picture, tmp_path / name, **options)
@@ -231,11 +251,23 @@ def test_kinds_of_files(tmp_path):
         assert (image.int() - expected.int()).abs().float().mean() < 3, name
     alpha = rgb.copy()
     alpha.putalpha(Image.fromarray(np.full((32, 40), 255, np.uint8)))
-    assert torch.equal(saved(alpha, tmp_path / "alpha.png"), torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(
+        saved(alpha, tmp_path / "alpha.png"), torch.from_numpy(pixels).permute(2, 0, 1)
+    )
     glass = Image.merge("LA", [rgb.convert("L"), Image.new("L", (40, 32), 128)])
     assert saved(glass, tmp_path / "glass.png").shape == (3, 32, 40)
     sixteen = Image.fromarray((pixels[..., 0].astype(np.int32) * 257).astype(np.uint16))
-    assert saved(sixteen, tmp_path / "sixteen.png").dtype == torch.uint8
+    gray = torch.from_numpy(pixels[..., 0]).expand(3, 32, 40)
+    assert torch.equal(saved(sixteen, tmp_path / "sixteen.png"), gray)
+    pages = [rgb.convert("L"), Image.new("L", (40, 32), 0)]
+    first = saved(pages[0], tmp_path / "moving.gif", save_all=True, append_images=pages[1:])
+    assert torch.equal(first, torch.from_numpy(np.array(pages[0])).expand(3, 32, 40))
+
+
+def test_gif_is_listed(tmp_path):
+    for i in range(4):
+        Image.new("L", (20, 20), 40 * i).save(tmp_path / f"{i}.gif")
+    assert load_data(str(tmp_path)).pretrain.pixels[:, 0, 0, 0].tolist() == [0, 40, 80, 120]
 
 
 def test_real_photographs(real):
@@ -245,18 +277,18 @@ def test_real_photographs(real):
     assert set(np.bincount(data.train.labels)) == {40}
     gray = 0
     for i in range(0, 400, 10):
-        used, image, failed = data.train.read(i)
-        assert used == i and not failed and image.shape[0] == 3
+        image, unreadable = data.train.read(i)
+        assert not unreadable and image.shape[0] == 3
         with Image.open(data.train.path(i)) as opened:
             gray += opened.mode == "L"
             expected = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
         assert image.shape == expected.shape
         assert (image.int() - expected.int()).abs().float().mean() < 1.5
     small = load_data(str(real / "cifar10" / "val"))  # class folders alone
-    assert isinstance(small.train, InMemory) and (len(small.train), len(small.val)) == (4500, 500)
+    assert isinstance(small.train, InMemory) and (len(small.train), len(small.val)) == (18000, 2000)
 
 
-# -------------------------------------------------------------------------------------- unreadable files
+# --------------------------------------------------------------------------------- unreadable files
 
 
 def spoil(path, kind="text"):
@@ -271,10 +303,11 @@ def test_an_unreadable_file_is_named_once_and_replaced(tmp_path, capsys, kind):
     images = load_data(str(tmp_path)).pretrain
     assert isinstance(images, OnDisk)
     place = images.files.tolist().index(b"class_0/5.jpg")
-    assert images.read(place)[0] == (place + 1) % 110 and images.read(place)[2] == [place]
+    instead, unreadable = images.read(place)
+    assert unreadable == [place] and instead.equal(images.read((place + 1) % 110)[0])
     batches = Batches(images, [SMALL], 110, 0)
     for rows, (views,) in batches.stream(range(3), torch.device("cpu")):
-        assert place not in rows and len(rows) == 110 and views.isfinite().all()
+        assert sorted(rows.tolist()) == list(range(110)) and views.isfinite().all()
     err = capsys.readouterr().err
     assert err.count("class_0/5.jpg") == 1 and err.count("\n") == 1
 
@@ -287,8 +320,8 @@ def test_a_damaged_png_is_no_crash(tmp_path):
     whole = bytearray((tmp_path / "0.png").read_bytes())
     whole[len(whole) // 2] ^= 255
     (tmp_path / "0.png").write_bytes(whole)
-    used, read, failed = OnDisk(tmp_path, np.array([b"0.png", b"1.png"])).read(0)
-    assert (used, failed) == (1, [0]) and read.permute(1, 2, 0).equal(torch.from_numpy(pixels))
+    read, unreadable = OnDisk(tmp_path, np.array([b"0.png", b"1.png"])).read(0)
+    assert unreadable == [0] and read.permute(1, 2, 0).equal(torch.from_numpy(pixels))
 
 
 def test_an_unreadable_file_among_images_in_memory(tmp_path, capsys):
@@ -313,18 +346,223 @@ def test_more_than_one_in_a_hundred_is_an_error(tmp_path, capsys):
         load_data(str(everything))
 
 
-def test_pictures_of_unreadable_files(tmp_path, capsys):
-    """neighbours.png asks for single images, the first of val among them: an unreadable one costs no run."""
-    script = importlib.import_module("simclr_fusion")
+def test_one_unreadable_file_of_few_is_no_error(tmp_path):
+    write_images(tmp_path, 1, 10, ((20, 20), (24, 24)))
+    images = load_data(str(tmp_path)).pretrain
+    images.note_broken([3])
+    with pytest.raises(DataError, match="2 of 10"):
+        images.note_broken([3, 4])
+
+
+def test_a_store_of_ones_own(mixed):
+    """A subclass of OnDisk with its own `read` keeps what it has through `take`."""
+
+    class Store(OnDisk):
+        def read(self, index):
+            return self.pixels[int(self.files[index])], []
+
+    store = Store("", np.array([b"2", b"0", b"1"]), np.arange(3))
+    store.pixels = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 20, 20)
+    taken = store.take(np.array([0, 2]))
+    assert taken.read(1)[0].unique().tolist() == [1] and taken.labels.tolist() == [0, 2]
+    assert taken.sizes == [(20, 20)] * 2
+    plain = Augment(size=16, mean=(0, 0, 0), std=(1 / 255,) * 3)
+    ((rows, (views,)),) = Batches(taken, [plain], 2).stream([0], torch.device("cpu"))
+    assert views.mean((1, 2, 3)).round().tolist() == [2, 1]
+
+
+def test_pictures_of_unreadable_files(tmp_path):
+    """Scripts show single images, the first among them: an unreadable one costs no run."""
     write_images(tmp_path, 1, 110, ((20, 20), (24, 24)))
     images = load_data(str(tmp_path)).pretrain
     spoil(tmp_path / "class_0" / images.files[0].decode().split("/")[1])
-    args = script.Args(image_size=16)
-    script.save_neighbours(tmp_path / "n.png", images, torch.randn(110, 4), images, torch.randn(110, 4), args)
-    assert (tmp_path / "n.png").exists()
+    some = images.take(np.arange(3))
+    for rows, (view,) in Batches(images, [SMALL], 3).stream([0], torch.device("cpu")):
+        assert rows.tolist() == [0, 1, 2] and view.shape == (3, 3, 16, 16)
+    assert some.read(0)[1] == [0]
 
 
-# ---------------------------------------------------------------------------- CIFAR and STL-10, real format
+# --------------------------------------------------------------------------- what a folder may hold
+
+
+def test_links(tmp_path):
+    """Each folder is visited once, where it is nearest to the top, so that loops end."""
+    write_images(tmp_path / "all", 2, 15)
+    for name, target in (
+        ("class_0/loop", "all"),
+        ("class_0/other", "all/class_1"),
+        ("class_1/x", "all/class_0"),
+    ):
+        (tmp_path / "all" / name).symlink_to(tmp_path / target)
+    data = load_data(str(tmp_path / "all"))
+    assert len(data.train) + len(data.val) == 30
+    outside = tmp_path / "from elsewhere"
+    outside.mkdir()
+    for name in ("class_0", "class_1"):
+        (outside / name).symlink_to(tmp_path / "all" / name)
+    assert len(load_data(str(outside)).train) == 27
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_cannot_be_read(tmp_path):
+    write_images(tmp_path, 2, 3)
+    (tmp_path / "class_1").chmod(0)
+    try:
+        with pytest.raises(DataError, match="can't list .*class_1.*denied"):
+            load_data(str(tmp_path))
+    finally:
+        (tmp_path / "class_1").chmod(0o755)
+
+
+def test_errors_of_listing_are_told(tmp_path, monkeypatch):
+    """The same for root: whatever a folder that can't be listed raises."""
+    write_images(tmp_path, 2, 3)
+
+    def refuse(place):
+        raise PermissionError(13, "Permission denied", place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="can't list .*Permission denied"):
+        load_data(str(tmp_path))
+
+
+def test_stray_images_are_told(tmp_path, capsys):
+    write_images(tmp_path, 2, 3)
+    assert load_data(str(tmp_path)).train is not None and capsys.readouterr().err == ""
+    (tmp_path / "class_0" / "0.jpg").rename(tmp_path / "stray\n.jpg")
+    assert load_data(str(tmp_path)).train is None
+    err = capsys.readouterr().err
+    assert (
+        "1 of 6" in err and r"'stray\n.jpg'" in err and "unlabelled" in err and err.count("\n") == 1
+    )
+
+
+def test_names_that_are_no_text(tmp_path, capsys):
+    """Bytes that are not UTF-8 and control characters reach the user escaped."""
+    write_images(tmp_path, 1, 110, ((20, 20), (24, 24)))
+    odd = os.fsencode(tmp_path) + b"/class_0/\xff\x1b.jpg"
+    with open(odd, "wb") as file:
+        file.write(b"no image")
+    images = load_data(str(tmp_path)).pretrain
+    list(Batches(images, [SMALL], 111).stream([0], torch.device("cpu")))
+    err = capsys.readouterr().err
+    assert r"\udcff\x1b.jpg" in err and err.isprintable() is False and "\x1b" not in err
+    with pytest.raises(DataError, match="udcff"):
+        load_data(os.fsdecode(odd + b"/nowhere"))
+
+
+def test_an_empty_name():
+    with pytest.raises(DataError, match="empty.*cifar10"):
+        load_data("")
+
+
+def test_checksums(images, mixed):
+    """Equal for equal images in equal order, other for other images, labels or names."""
+    for folder in (images, mixed):
+        train, again = load_data(str(folder)).train, load_data(str(folder)).train
+        assert train.checksum == again.checksum
+        backwards = np.arange(len(train))[::-1].copy()
+        assert train.take(np.arange(64)).checksum == train.checksum
+        sums = {train.checksum, train.take(backwards).checksum, train.take(np.arange(63)).checksum}
+        again.labels = 1 - again.labels
+        sums.add(again.checksum)
+        again.labels = None
+        sums.add(again.checksum)
+        assert len(sums) == 5
+    assert load_data("shapes").val.checksum == load_data("shapes").val.checksum
+
+
+# ------------------------------------------------------------------------------------- data workers
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for_the_end(pids: list[int]) -> None:
+    until = time.monotonic() + 20
+    while any(running(pid) for pid in pids):
+        assert time.monotonic() < until
+        gc.collect()
+        time.sleep(0.2)
+
+
+LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+
+
+@LINUX
+@pytest.mark.parametrize("when", ["while waiting", "in a step"])
+def test_a_worker_that_is_killed(mixed, when):
+    """One line, raised where the trainer asks for a batch, not wherever it is when one ends."""
+    before = children(os.getpid())
+    stream = Batches(load_data(str(mixed)).train, [SMALL], 8, 0).stream(
+        range(10**6), torch.device("cpu"), 2
+    )
+    next(stream)
+    next(stream)  # from the second worker, which has started as well
+    workers = sorted(set(children(os.getpid())) - set(before))
+    assert len(workers) >= 2 and all(os.getpgid(pid) == pid for pid in workers[-2:])
+    os.kill(workers[-1], signal.SIGKILL)
+    if when == "in a step":
+        time.sleep(0.5)  # where torch's own handler would raise
+    message = ""
+    try:
+        for _ in range(1000):
+            next(stream)
+    except DataError as error:
+        message = str(error)
+    assert "data worker failed" in message and "--workers" in message and "\n" not in message
+    del stream
+    wait_for_the_end(workers[-2:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_one_line(mixed, workers, monkeypatch):
+    def missing(self, index):
+        raise DataError(f"image {index} is not there")
+
+    monkeypatch.setattr(OnDisk, "read", missing)
+    files = np.array([b"a.jpg"] * 8)
+    stream = Batches(OnDisk(mixed, files), [SMALL], 8).stream([0], torch.device("cpu"), workers)
+    with pytest.raises(DataError) as error:
+        next(stream)
+    assert str(error.value) == "image 0 is not there"
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "how", ["raise RuntimeError", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 2)"]
+)
+def test_workers_end_with_the_trainer(mixed, how):
+    """After an exception, SIGKILL or Ctrl-C in the trainer nothing is left, and nothing hangs."""
+    code = f"""if True:
+        import os, signal, sys, torch
+        from common import SIMCLR, Batches, load_data
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as a trainer that saves first
+        images = load_data({str(mixed)!r}).train
+        stream = Batches(images, [SIMCLR], 8, 0).stream(range(10**6), torch.device("cpu"), 2)
+        next(stream)
+        with open(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children") as file:
+            print(file.read(), flush=True)
+        {how}
+    """
+    done = python("-c", code)
+    assert done.code != 0
+    workers = [int(word) for word in done.out.split()]
+    assert len(workers) >= 2
+    wait_for_the_end(workers)
+
+
+# -------------------------------------------------------------------- CIFAR and STL-10, real format
 
 
 def md5(path) -> str:
@@ -333,8 +571,13 @@ def md5(path) -> str:
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar(name, tmp_path, monkeypatch):
-    """Pickled batches of rows of 3072 bytes, red, green, blue, in a .tar.gz whose checksum is verified."""
-    kind, rng = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name], np.random.default_rng(0)
+    """Pickled batches of rows of 3072 bytes, red, green, blue, in a .tar.gz whose checksum is
+    verified.
+    """
+    kind, rng = (
+        {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name],
+        np.random.default_rng(0),
+    )
     key, classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
     source = tmp_path / "source" / kind.base_folder
     source.mkdir(parents=True)
@@ -371,12 +614,15 @@ def test_cifar(name, tmp_path, monkeypatch):
 
 
 def test_stl10(tmp_path, monkeypatch):
-    """Raw bytes, image by image, channel by channel, column by column; labels from 1; pretrain has all."""
+    """Raw bytes, image by image, channel by channel, column by column; labels from 1; pretrain has
+    all.
+    """
     kind, rng = datasets.STL10, np.random.default_rng(0)
     source = tmp_path / "source" / kind.base_folder
     source.mkdir(parents=True)
     pixels = {
-        name: rng.integers(0, 256, (4, 3, 96, 96)).astype(np.uint8) for name in ("train", "test", "unlabeled")
+        name: rng.integers(0, 256, (4, 3, 96, 96)).astype(np.uint8)
+        for name in ("train", "test", "unlabeled")
     }
     sums = {}
     for name, x in pixels.items():
@@ -400,13 +646,17 @@ def test_stl10(tmp_path, monkeypatch):
     assert torch.equal(data.val.pixels, torch.from_numpy(pixels["test"]))
     assert data.train.labels.tolist() == [0, 9, 2, 1]
     both = torch.from_numpy(np.concatenate([pixels["unlabeled"], pixels["train"]]))
-    assert sorted(x.sum().item() for x in data.pretrain.pixels) == sorted(x.sum().item() for x in both)
+    assert sorted(x.sum().item() for x in data.pretrain.pixels) == sorted(
+        x.sum().item() for x in both
+    )
     assert len(data.pretrain) == 8
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
 def test_no_network(name, tmp_path, monkeypatch):
-    """One line that names the archive, where to put it, and its checksum; a wrong archive is not used."""
+    """One line that names the archive, where to put it, and its checksum; a wrong archive is not
+    used.
+    """
     import urllib.error
     import urllib.request
 
@@ -421,7 +671,11 @@ def test_no_network(name, tmp_path, monkeypatch):
         with pytest.raises(DataError) as error:
             load_data(name, str(tmp_path))
         message = str(error.value)
-        assert kind.url in message and str(tmp_path / kind.filename) in message and kind.tgz_md5 in message
+        assert (
+            kind.url in message
+            and str(tmp_path / kind.filename) in message
+            and kind.tgz_md5 in message
+        )
         assert "\n" not in message
 
 

@@ -16,16 +16,20 @@ T = 0.2
 
 
 def rows(n, d, device="cpu", dtype=torch.float64, count=2, seed=0):
-    """`count` related matrices (n, d): pairs differ from others, no column of two is nearly constant."""
+    """`count` related matrices (n, d): pairs differ from others, no column of two is nearly
+    constant.
+    """
     g = torch.Generator().manual_seed(seed + 7919 * n + d)
     base = torch.randn(n, d, generator=g, dtype=torch.float64)
     if n == 2:
         base[0] = base[1] + 8 * base[0].sign()
-    many = (base + 0.7 * torch.randn(n, d, generator=g, dtype=torch.float64) + 0.3 for _ in range(count))
+    many = (
+        base + 0.7 * torch.randn(n, d, generator=g, dtype=torch.float64) + 0.3 for _ in range(count)
+    )
     return [m.to(device, dtype) for m in many]
 
 
-# ------------------------------------------------- references: loops, and the same with whole matrices
+# ---------------------------------------------- references: loops, and the same with whole matrices
 
 
 def cosine(a, b):
@@ -59,7 +63,9 @@ def loop_barlow(z1, z2, weight=0.0051):
 
     def standard(column):
         centred = column - sum(column) / n
-        return centred / ((centred @ centred) / n + 1e-5).sqrt()  # the batch norm of the paper's code
+        return (
+            centred / ((centred @ centred) / n + 1e-5).sqrt()
+        )  # the batch norm of the paper's code
 
     loss = 0
     for i in range(d):
@@ -103,7 +109,11 @@ def whole_dimcl(z1, z2, t=0.1):
 
 
 CASES = {  # loss, by loops, by whole matrices
-    "nt_xent": (partial(nt_xent, temperature=T), partial(loop_nt_xent, t=T), partial(whole_nt_xent, t=T)),
+    "nt_xent": (
+        partial(nt_xent, temperature=T),
+        partial(loop_nt_xent, t=T),
+        partial(whole_nt_xent, t=T),
+    ),
     "info_nce": (info_nce, loop_info_nce, whole_info_nce),
     "byol_loss": (byol_loss, loop_byol, whole_byol),
     "barlow_twins": (barlow_twins, loop_barlow, whole_barlow),
@@ -113,7 +123,11 @@ CASES = {  # loss, by loops, by whole matrices
 
 def arguments(name, n, d, device="cpu", dtype=torch.float64):
     z = rows(n, d, device, dtype)
-    return [*z, F.normalize(rows(2 * n + 3, d, device, dtype, 1)[0], dim=1)] if name == "info_nce" else z
+    return (
+        [*z, F.normalize(rows(2 * n + 3, d, device, dtype, 1)[0], dim=1)]
+        if name == "info_nce"
+        else z
+    )
 
 
 def value_and_gradients(function, inputs, autocast=False):
@@ -124,7 +138,9 @@ def value_and_gradients(function, inputs, autocast=False):
 
 
 def agree(ours, reference, tolerance, floor=0.0):
-    """Value and gradients within `tolerance` of the value, and of the largest number among the gradients."""
+    """Value and gradients within `tolerance` of the value, and of the largest number among the
+    gradients.
+    """
     scale = max([floor, *(grad.abs().max().item() for grad in reference[1:])])
     for i, (mine, true) in enumerate(zip(ours, reference, strict=True)):
         assert mine.isfinite().all()
@@ -139,12 +155,17 @@ def test_equals_the_loops(name, n, d, device):
     loss, loops, whole = CASES[name]
     x = arguments(name, n, d)
     reference = value_and_gradients(loops, x)
-    floor = 1 if n == 2 else 0  # two centred numbers are +-1 after normalisation: the gradient of DimCL is 0
+    floor = (
+        1 if n == 2 else 0
+    )  # two centred numbers are +-1 after normalisation: the gradient of DimCL is 0
     agree(
         value_and_gradients(whole, x), reference, 1e-9, floor
     )  # the reference of the larger shapes is right
     agree(
-        value_and_gradients(loss, [m.to(device) for m in x]), [r.to(device) for r in reference], 1e-9, floor
+        value_and_gradients(loss, [m.to(device) for m in x]),
+        [r.to(device) for r in reference],
+        1e-9,
+        floor,
     )
     agree(
         value_and_gradients(loss, [m.to(device, torch.float32) for m in x]),
@@ -167,25 +188,79 @@ def test_equals_whole_matrices(name, n, d, device):
     agree(value_and_gradients(loss, [m.float() for m in x]), reference, 1e-5, floor)
 
 
-# ------------------------------------------------------------------------------- the hand-written gradient
+# ------------------------------------------------------------------------ the hand-written gradient
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce", "dimcl", "barlow_twins"])
 @pytest.mark.parametrize(("n", "d"), [(3, 4), (5, 3)])
 def test_gradcheck(name, n, d, device):
     loss, x = CASES[name][0], arguments(name, n, d, device)
-    assert torch.autograd.gradcheck(lambda a, b: loss(a, b, *x[2:]), [m.requires_grad_() for m in x[:2]])
+    assert torch.autograd.gradcheck(
+        lambda a, b: loss(a, b, *x[2:]), [m.requires_grad_() for m in x[:2]]
+    )
 
 
-def test_gradcheck_of_rows_among_those_of_all_ranks(device):
-    """A rank's 4 rows, the third to sixth of 10: rows and columns are separate inputs with gradients."""
-    x, y = (m.requires_grad_() for m in (rows(4, 3, device, count=1)[0], rows(10, 3, device, count=1)[0]))
-    p = torch.randn(4, dtype=torch.float64).to(device).requires_grad_()
-    own = torch.arange(2, 6, device=device)
-    skip = torch.stack([own, (own + 5) % 10], 1)
-    assert torch.autograd.gradcheck(lambda x, y, p: common._Contrast.apply(x, y, p, skip), (x, y, p))
-    fixed = y.detach()
-    assert torch.autograd.gradcheck(lambda x, p: common._Contrast.apply(x, fixed, p, None), (x, p))
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (0, 2), (3, 5), (2, 2)])
+def test_gradcheck_of_the_kernels(first, last, device, monkeypatch):
+    """The sums of some pairs of ten rows, as a rank takes them, and those over a queue."""
+    x = rows(10, 3, device, count=1)[0].requires_grad_()
+
+    def wanted(x):
+        return common._PairSums.apply(x, first, last).view(2, 5)[:, first:last]
+
+    def expected(x):
+        e = (x @ x.T).exp() * (1 - torch.eye(5, device=device, dtype=x.dtype).repeat(2, 2))
+        return e.sum(1).view(2, 5)[:, first:last]
+
+    torch.testing.assert_close(wanted(x), expected(x))
+    if first < last:
+        assert torch.autograd.gradcheck(wanted, x)
+    queue = rows(7, 3, device, count=1)[0]
+    assert torch.autograd.gradcheck(lambda q: common._QueueSums.apply(q, queue), x)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("loss", [nt_xent, dimcl])
+def test_shares_of_ranks_are_the_whole(loss, world, device, monkeypatch):
+    """Each rank visits only the blocks of its own pairs: 1,800 rows or columns, several blocks."""
+    whole = [m.requires_grad_() for m in rows(900 if loss is nt_xent else 6, 6, device)]
+    if loss is dimcl:
+        whole = [m.requires_grad_() for m in rows(6, 900, device)]
+    reference = loss(*whole)
+    gradients = torch.autograd.grad(reference, whole)
+    size = len(whole[0]) // world
+    shares = []
+    for rank in range(world):
+        mine = [m[rank * size : (rank + 1) * size] for m in whole]
+        gathered = iter(whole)
+        monkeypatch.setattr(common, "_ranks", lambda rank=rank: (rank, world))
+        monkeypatch.setattr(common, "gather", lambda x, gathered=gathered: next(gathered))
+        shares.append(loss(*mine))
+    mean = sum(shares) / world
+    torch.testing.assert_close(mean, reference)
+    torch.testing.assert_close(torch.autograd.grad(mean, whole), gradients)
+
+
+def test_dimcl_with_more_ranks_than_rows(monkeypatch):
+    """A rank without a pair has the share 0, and the mean of the shares is right."""
+    z = [m.requires_grad_() for m in rows(4, 3)]
+    whole = dimcl(*z)
+    gradient = torch.autograd.grad(whole, z)
+    monkeypatch.setattr(common, "gather", lambda x: x)
+    shares = []
+    for rank in range(7):
+        monkeypatch.setattr(common, "_ranks", lambda rank=rank: (rank, 7))
+        shares.append(dimcl(*z))
+    assert sum(share == 0 for share in shares) == 4
+    mean = sum(shares) / 7
+    torch.testing.assert_close(mean, whole)
+    torch.testing.assert_close(torch.autograd.grad(mean, z), gradient)
+
+
+def test_one_pair_alone(device):
+    """A batch of one image: the pair is all there is, so the loss is 0, and so is its gradient."""
+    found = value_and_gradients(nt_xent, rows(1, 3, device, torch.float32))
+    assert all(v.abs().max() < 1e-6 for v in found)
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce", "dimcl"])
@@ -205,7 +280,7 @@ def test_gradient_is_scaled_by_what_follows(name, device):
     agree(thrice, [3 * r for r in once], 1e-12)
 
 
-# ------------------------------------------------------------------------------------ sizes and precision
+# ------------------------------------------------------------------------------ sizes and precision
 
 
 @pytest.mark.parametrize("n", [255, 256, 257, 362, 363, 513, 900])
@@ -214,7 +289,9 @@ def test_nt_xent_across_blocks_of_rows(n, device):
     agree(value_and_gradients(nt_xent, z), value_and_gradients(whole_nt_xent, z), 1e-10)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 3), (64, 8191), (64, 8192), (64, 8193), (7, 70000), (700, 2000)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 3), (64, 8191), (64, 8192), (64, 8193), (7, 70000), (700, 2000)]
+)
 def test_info_nce_across_blocks_of_columns(n, k, device):
     q, key = rows(n, 6, device)
     queue = F.normalize(rows(k, 6, device, count=1)[0], dim=1)
@@ -235,14 +312,16 @@ def test_autocast_changes_nothing(name, device):
     mixed = value_and_gradients(CASES[name][0], x, autocast=True)
     assert mixed[0].dtype == torch.float32
     agree(mixed, [p.double() for p in value_and_gradients(CASES[name][0], x)], 1e-6)
-    mixed, plain = (value_and_gradients(CASES[name][0], low, autocast) for autocast in (True, False))
+    mixed, plain = (
+        value_and_gradients(CASES[name][0], low, autocast) for autocast in (True, False)
+    )
     rounded = value_and_gradients(CASES[name][0], [m.float() for m in low])
     assert mixed[0].dtype == plain[0].dtype == torch.float32
     agree([mixed[0], plain[0]], [rounded[0].double()] * 2, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce", "dimcl"])
-@pytest.mark.parametrize("temperature", [0.025, 1e-2, 1e-4])
+@pytest.mark.parametrize("temperature", [0.025, 1e-2, 1e-3, 1e-4, 1e-6])
 def test_very_small_temperatures(name, temperature, device):
     loss, _, whole = CASES[name]
     loss, whole = (getattr(f, "func", f) for f in (loss, whole))
@@ -250,10 +329,11 @@ def test_very_small_temperatures(name, temperature, device):
     reference = value_and_gradients(lambda *a: whole(*a, temperature), x)
     agree(value_and_gradients(lambda *a: loss(*a, temperature), x), reference, 1e-8)
     single = value_and_gradients(lambda *a: loss(*a, temperature), [m.float() for m in x])
-    assert all(v.isfinite().all() for v in single)
+    assert all(v.isfinite().all() and v.dtype == torch.float32 for v in single)
+    torch.testing.assert_close(single[0].double(), reference[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 0.025, 0.01])
+@pytest.mark.parametrize("temperature", [0.5, 0.025, 0.01, 1e-4])
 def test_equal_embeddings_have_the_chance_loss(temperature, device):
     z = torch.ones(16, 8, device=device)
     assert nt_xent(z, z, temperature).item() == pytest.approx(math.log(31), rel=1e-5)
@@ -279,13 +359,18 @@ def test_constant_columns_are_harmless(loss, value, shape, device):
 
 @pytest.mark.parametrize("loss", [nt_xent, byol_loss])
 def test_zero_rows_are_harmless(loss, device):
-    z = [m.index_fill(0, torch.tensor([1], device=device), 0.0) for m in rows(4, 3, device, torch.float32)]
+    z = [
+        m.index_fill(0, torch.tensor([1], device=device), 0.0)
+        for m in rows(4, 3, device, torch.float32)
+    ]
     assert all(v.isfinite().all() for v in value_and_gradients(loss, z))
 
 
 @pytest.mark.parametrize(("n", "d"), [(256, 64), (64, 64), (64, 63), (64, 65), (64, 256)])
 def test_barlow_near_convergence(n, d, device):
-    """Views nearly the same, columns as little correlated as n allows: cancellation must not cost much."""
+    """Views nearly the same, columns as little correlated as n allows: cancellation must not cost
+    much.
+    """
     g = torch.Generator().manual_seed(n + d)
     base = torch.linalg.qr(torch.randn(max(n, d), max(n, d), generator=g, dtype=torch.float64))[0]
     z = [
@@ -298,7 +383,7 @@ def test_barlow_near_convergence(n, d, device):
 
 
 def test_chance_values(device):
-    """Without information NT-Xent is log(2B - 1), MoCo's log(K + 1), BYOL's 2, DimCL's log(2D - 1)."""
+    """Without information: log(2B - 1) for NT-Xent, log(K + 1), BYOL's 2, DimCL's log(2D - 1)."""
     g = torch.Generator().manual_seed(0)
     z = [torch.randn(256, 4096, generator=g).to(device) for _ in range(2)]
     queue = F.normalize(torch.randn(1024, 4096, generator=g), dim=1).to(device)
@@ -311,12 +396,13 @@ def test_chance_values(device):
     assert barlow_twins(same, same).item() < 0.1 * barlow_twins(*few).item()
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("loss", [nt_xent, byol_loss, barlow_twins, dimcl])
 @pytest.mark.parametrize(
-    ("a", "b"), [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,)), ((2, 2, 2), (2, 2, 2)), ((0, 3), (0, 3))]
+    ("a", "b"),
+    [((4, 3), (4, 2)), ((4, 3), (5, 3)), ((4,), (4,)), ((2, 2, 2), (2, 2, 2)), ((0, 3), (0, 3))],
 )
 def test_wrong_shapes_are_refused(loss, a, b):
     with pytest.raises(ValueError) as error:
@@ -339,12 +425,12 @@ def test_wrong_temperature_is_refused(temperature):
             call(*z, temperature)
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory as Linux counts it")
 def test_wide_embeddings_need_little_memory():
-    """Barlow and DimCL at batch 256, embedding 8192: together less than one D x D matrix, 0.27 GB."""
+    """Barlow and DimCL at batch 256, D = 8192: together less than one D x D matrix, 0.27 GB."""
     code = """if True:
         import resource, torch, common
         def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

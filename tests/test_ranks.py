@@ -1,46 +1,64 @@
 """Two processes with different data on each against one process that has the whole batch.
 
-Run by torchrun, this file is the program of a rank: it does everything once and saves what it finds; the
-tests compare. Batch norm on CPUs is per rank, so the networks here have none, and fusion, as wide as a rank's
-batch, is off.
+Run by torchrun, this file is the program of a rank: it does everything once and saves what it
+finds; the tests compare. Batch norm on CPUs is per rank, so the networks compared here have none,
+and fusion, as wide as a rank's batch, is off.
 """
 
 import importlib
+import itertools
+import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SCRIPTS, TORCHRUN, built, python, settled, small_backbone, views
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TORCHRUN,
+    built,
+    command_line,
+    configured,
+    flags,
+    process_state,
+    python,
+    same,
+    small_backbone,
+    views,
+)
 from torch import Tensor, nn
 
 import common
 
 N, WORLD = 12, 2
-PLAIN = {"simclr_fusion": "--fusion-layers 0", "mocov2_fusion": "--fusion-layers 0"}
-PLAIN |= {"simclr_curation": "--curation off"}
 
 
 def losses(d: int) -> dict:
-    """Losses of embeddings z1, z2 of some rows; the queue is the same everywhere."""
-    queue = nn.functional.normalize(
-        torch.randn(7, d, generator=common.generator(1), dtype=torch.float64), dim=1
-    )
+    """Losses of embeddings z1, z2 of some rows; queue and weights are the same everywhere."""
+    g = common.generator(1)
+    weight = torch.randn(N, d, generator=g, dtype=torch.float64)
+    queue = nn.functional.normalize(torch.randn(7, d, generator=g, dtype=torch.float64), dim=1)
+    gather = common.gather
     return {
         "nt_xent": partial(common.nt_xent, temperature=0.2),
         "info_nce": lambda z1, z2: common.info_nce(z1, z2, queue),
         "byol_loss": common.byol_loss,
         "barlow_twins": common.barlow_twins,
         "dimcl": common.dimcl,
-        "gather": lambda z1, z2: (common.gather(z1) * common.gather(z2).cos()).square().sum() / N,
+        "gather": lambda z1, z2: (gather(z1) * gather(z2).cos()).square().sum() / N,
+        # Both receive the same tensor as their gradient, and must not change it.
+        "gather sum": lambda z1, z2: ((gather(z1) + gather(z2)) * weight).sum(),
     }
 
 
 def loss_and_gradients(name: str, d: int, rows: slice, dtype: torch.dtype) -> list[Tensor]:
-    """Loss of the rows of a fixed batch after a shared matrix, its gradients for that matrix and the rows."""
+    """Loss of these rows of a fixed batch after a shared matrix; gradients of matrix and rows."""
     g = common.generator(2, d)
     x1, x2, matrix = (torch.randn(n, d, generator=g, dtype=torch.float64) for n in (N, N, d))
     leaves = [t.to(dtype).requires_grad_() for t in (matrix, x1[rows], (x1 + x2)[rows])]
@@ -48,7 +66,14 @@ def loss_and_gradients(name: str, d: int, rows: slice, dtype: torch.dtype) -> li
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-CASES = [(name, d, dtype) for name in losses(3) for d in (5, 40) for dtype in (torch.float64, torch.float32)]
+DTYPES = (torch.float64, torch.float32)
+CASES = list(itertools.product(losses(3), (5, 40), DTYPES))
+
+METHODS = {name: (name, "") for name in SCRIPTS}
+METHODS["simclr_fusion"] = ("simclr_fusion", "--fusion-layers 0")
+METHODS["mocov2_fusion"] = ("mocov2_fusion", "--fusion-layers 0")
+METHODS["mocov2_fusion, symmetric"] = ("mocov2_fusion", "--fusion-layers 0 --data cifar10")
+METHODS["simclr_curation"] = ("simclr_curation", "--curation off")
 
 
 def without_norm(model: nn.Module) -> nn.Module:
@@ -59,32 +84,108 @@ def without_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def train(name: str) -> dict:
-    """Three steps of a script's method: the views, the losses, gradients and the state at the end."""
+def train(method: str) -> dict:
+    """Three steps of a method: the views, the losses, gradients and the state at the end."""
+    name, extra = METHODS[method]
     script = importlib.import_module(name)
     script.DEVICE = torch.device("cpu")
-    run = built(script, f"{PLAIN.get(name, '')} --optimizer sgd --lr 0.01 --batch-size 16")
+    run = built(script, extra)
     without_norm(run.model).double()  # or three steps of rounding would hide small errors
     net = nn.parallel.DistributedDataParallel(run.model) if script.WORLD > 1 else run.model
-    run.optimizer = torch.optim.SGD(
-        [p for p in run.model.parameters() if p.requires_grad], 0.01, momentum=0.9
-    )
-    scaler, found = torch.amp.GradScaler("cpu", enabled=False), {"losses": [], "views": []}
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9)
+    found = {"losses": [], "views": []}
     for step in range(3):
         batch = [view.double() for view in views(script, run, step)]
-        values, _ = script.update(net, run.optimizer, scaler, batch, step, script.autocast(run.args))
-        found["losses"].append(values["loss"])
+        loss = net(*batch, step)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found["losses"].append(loss.detach())
         found["views"].append(torch.stack(batch))
     found["gradients"] = {k: p.grad for k, p in run.model.named_parameters() if p.grad is not None}
     return found | {"state": run.model.state_dict()}
 
 
-def probe_features() -> tuple[Tensor, Tensor]:
+def probe_features() -> Tensor:
     script = importlib.import_module("simclr_fusion")
     script.DEVICE = torch.device("cpu")
-    pixels = torch.randint(0, 256, (600, 3, 16, 16), generator=common.generator(3), dtype=torch.uint8)
-    images = common.InMemory(pixels, torch.arange(600).numpy())
-    return script.features(small_backbone()[0], images, settled(script)[0], epoch=2)
+    g = common.generator(3)
+    pixels = torch.randint(0, 256, (600, 3, 16, 16), generator=g, dtype=torch.uint8)
+    return script.features(small_backbone(), common.InMemory(pixels), configured(script)[0])
+
+
+# ------------------------------------------------------------------------- stopped and continued
+
+INTERRUPTED = [  # each optimizer, script and signal
+    ("simclr_fusion", "larc", signal.SIGTERM),
+    ("mocov2_fusion", "sgd", signal.SIGINT),
+    ("byol_dimcl", "lars", signal.SIGHUP),
+    ("barlow_dimcl", "adamw", signal.SIGUSR1),
+    ("simclr_curation", "larc", signal.SIGTERM),
+]
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing is saved."""
+
+
+def main(name: str, words: list[str], at: int = 0, event: object = None) -> object:
+    """A script's main() with a small network: its exit code.
+
+    In step `at` the last rank receives a signal, or all are killed.
+    """
+    script = importlib.import_module(name)
+    script.DEVICE, asked, count = torch.device("cpu"), script.asked_to_stop, itertools.count(1)
+    script.STOP.clear()
+
+    def asked_to_stop():
+        if next(count) == at:
+            if event is Killed:
+                raise Killed
+            if script.RANK == script.WORLD - 1:
+                os.kill(os.getpid(), event)
+        return asked()
+
+    with (
+        mock.patch.object(script, "asked_to_stop", asked_to_stop),
+        mock.patch.object(script, "join_ranks", lambda: None),
+        mock.patch.object(script, "build_backbone", lambda _: small_backbone(dropout=0.2)),
+        command_line(script, words),
+        process_state(),
+    ):
+        try:
+            script.main()
+        except SystemExit as end:
+            return end.code
+        except Killed:
+            return "killed"
+    return 0
+
+
+def interrupted(case: tuple, folder: Path) -> list:
+    """Exit codes of a run that is stopped, killed and finished, in folder/b; folder/a is whole."""
+    name, optimizer, number = case
+    words = flags(name, f"--optimizer {optimizer} --data cifar10 --save-every 1")
+    whole = main(name, [*words, "--run-dir", str(folder / "a")])
+    words += ["--run-dir", str(folder / "b")]
+    return [whole, main(name, words, 2, number), main(name, words, 3, Killed), main(name, words)]
+
+
+def check_interrupted(case: tuple, codes: list, folder: Path) -> None:
+    """The weights and all that belongs to the training are those of the undisturbed run."""
+    assert codes == [0, 128 + case[2], "killed", 0]
+    for file in ("backbone.pt", "checkpoint.pt"):
+        whole, disturbed = (torch.load(folder / x / file, weights_only=True) for x in "ab")
+        assert same(whole, disturbed)
+    assert whole["step"] == 8
+    log = (folder / "b" / "metrics.jsonl").read_text()
+    assert f'"by": "{case[2].name}"' in log
+    records = [json.loads(line) for line in log.splitlines()]
+    assert [record["step"] for record in records if record["event"] == "args"] == [0, 2, 4]
+
+
+# --------------------------------------------------------------------------------------- the tests
 
 
 def rank_program(folder: Path) -> None:
@@ -92,20 +193,29 @@ def rank_program(folder: Path) -> None:
     rank = dist.get_rank()
     mine = slice(rank * N // WORLD, (rank + 1) * N // WORLD)
     found = {"losses": {case: loss_and_gradients(*case[:2], mine, case[2]) for case in CASES}}
-    found["scripts"] = {name: train(name) for name in SCRIPTS}
-    script = importlib.import_module("simclr_fusion")
-    found["any"] = [script.any_rank(sign) for sign in (rank == 0, rank == 1, False)]
+    found["methods"] = {method: train(method) for method in METHODS}
+    script, asked = importlib.import_module("simclr_fusion"), []
+    for ranks in ((), (0,), (1,), (0, 1)):
+        script.STOP[:] = [signal.SIGHUP] if rank in ranks else []
+        asked.append(script.asked_to_stop())
+    found["asked"] = asked
     found["features"] = probe_features()
+    found["codes"] = {case[0]: interrupted(case, folder / case[0]) for case in INTERRUPTED}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
-    """What the two ranks found."""
+def folder(tmp_path_factory) -> Path:
+    """Where the two ranks have left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
     done = python(*TORCHRUN, __file__, folder, PYTHONPATH=str(ROOT))
     assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
@@ -113,7 +223,7 @@ def ranks(tmp_path_factory) -> list[dict]:
 def test_losses_are_those_of_the_whole_batch(ranks, name, d, dtype):
     whole = loss_and_gradients(name, d, slice(0, N), dtype)
     found = [r["losses"][name, d, dtype] for r in ranks]
-    if name == "gather":  # each rank computes the whole; averaged, the gradient is that of one
+    if "gather" in name:  # each rank computes the whole; averaged, the gradient is that of one
         assert torch.allclose(found[0][0], whole[0])
     loss, matrix = (sum(f[i] for f in found) / WORLD for i in (0, 1))
     rows = [torch.cat([f[i] for f in found]) / WORLD for i in (2, 3)]
@@ -121,15 +231,13 @@ def test_losses_are_those_of_the_whole_batch(ranks, name, d, dtype):
     for mine, true in zip((loss, matrix, *rows), whole, strict=True):
         assert (mine - true).abs().max() <= tolerance * max(1, true.abs().max())
     # The test can see what it is meant to see: the ranks' shares differ.
-    if name != "gather":
+    if "gather" not in name:
         assert not torch.allclose(found[0][1], found[1][1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_train_as_one_process(ranks, name, monkeypatch):
-    script = importlib.import_module(name)
-    monkeypatch.setattr(script, "DEVICE", torch.device("cpu"))
-    whole, found = train(name), [r["scripts"][name] for r in ranks]
+@pytest.mark.parametrize("method", METHODS)
+def test_scripts_train_as_one_process(ranks, method):
+    whole, found = train(method), [r["methods"][method] for r in ranks]
     for step in range(3):
         together = torch.cat([f["views"][step] for f in found], 1)
         torch.testing.assert_close(together, whole["views"][step], rtol=0, atol=1e-5)
@@ -142,22 +250,29 @@ def test_scripts_train_as_one_process(ranks, name, monkeypatch):
                 assert (mine - true).abs().max() <= 1e-5 * max(1, true.abs().max()), key
 
 
-def test_a_sign_on_any_rank_is_seen_by_all(ranks):
-    assert [r["any"] for r in ranks] == [[True, True, False]] * 2
+def test_a_signal_to_any_rank_is_seen_by_all(ranks):
+    assert [r["asked"] for r in ranks] == [[0, *[signal.SIGHUP] * 3]] * 2
 
 
-def test_features_of_all_ranks(ranks, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("simclr_fusion"), "DEVICE", torch.device("cpu"))
-    x, y = probe_features()
-    assert y.tolist() == list(range(600))
+def test_features_of_all_ranks(ranks):
     for r in ranks:
-        torch.testing.assert_close(r["features"][0], x, rtol=0, atol=1e-6)
-        assert torch.equal(r["features"][1], y)
+        torch.testing.assert_close(r["features"], probe_features(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", INTERRUPTED, ids=SCRIPTS)
+def test_continued_bit_identically_on_two_ranks(case, ranks, folder):
+    for r in ranks:
+        check_interrupted(case, r["codes"][case[0]], folder / case[0])
+
+
+@pytest.mark.parametrize("case", INTERRUPTED, ids=SCRIPTS)
+def test_continued_bit_identically_alone(case, tmp_path):
+    check_interrupted(case, interrupted(case, tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_dimcl_shares_rows_that_do_not_divide(world, monkeypatch):
-    """2D = 10 rows over 3 ranks, simulated: each has gathered the whole, their mean is the whole's loss."""
+    """5 pairs over the ranks, simulated: each has gathered the whole, their mean is its loss."""
     z = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     whole = common.dimcl(*z)
     gradient = torch.autograd.grad(whole, z)

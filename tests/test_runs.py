@@ -1,12 +1,11 @@
-"""The scripts through their command lines, in processes of their own: alone, under torchrun, killed."""
+"""The scripts through their command lines: alone, under torchrun, stopped, killed, used wrongly."""
 
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,12 +13,28 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SCRIPTS, TORCHRUN, environment, flags, inside, python, write_images
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TORCHRUN,
+    flags,
+    inside,
+    python,
+    result,
+    same,
+    start,
+    write_images,
+)
 from PIL import Image
 
 import common
 
-FILES = {"args.json", "backbone.pt", "checkpoint.pt", "metrics.jsonl", "neighbours.png", "views.png"}
+FILES = {"backbone.pt", "checkpoint.pt", "metrics.jsonl", "neighbours.png", "views.png"}
+FIELDS = {"event", "step", "epoch", "loss", "std", "images_per_s", "seconds_left", "lr"}
+FIELDS |= {"data_wait"}
+OWN_FIELDS = {"simclr_fusion": {"fusion_norm"}, "mocov2_fusion": {"fusion_norm"}}
+OWN_FIELDS |= {"byol_dimcl": {"byol", "dimcl"}, "barlow_dimcl": {"barlow", "dimcl"}}
+OWN_FIELDS |= {"simclr_curation": {"violations_drawn", "violations_trained"}}
 
 
 def records(run: Path, event: str) -> list[dict]:
@@ -31,193 +46,61 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "backbone.pt", map_location="cpu", weights_only=True)
 
 
-def same(a: Path, b: Path) -> bool:
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+def check_run(run: Path, name: str, steps: int, side: int) -> dict:
+    """What a finished run has written; returns the record of its settings."""
+    assert {p.name for p in run.iterdir()} == FILES
+    # Eight rows of views, with fusion also fused; of a query and its eight nearest images.
+    columns = 4 if "fusion" in name else 2
+    for picture, width, pixels in (("views", columns, side), ("neighbours", 9, 96)):
+        image = np.asarray(Image.open(run / f"{picture}.png"))
+        assert image.shape == (8 * (pixels + 2) + 2, width * (pixels + 2) + 2, 3)
+        assert image.std() > 5
+    train = records(run, "train")
+    assert train[-1]["step"] == steps
+    for line in train:
+        assert FIELDS <= line.keys() <= FIELDS | OWN_FIELDS[name]
+        assert all(np.isfinite(v) for v in line.values() if isinstance(v, float))
+    assert OWN_FIELDS[name] <= train[-1].keys()
+    (probe,) = records(run, "probe")
+    assert probe["step"] == steps and 0 < probe["probe_lr"] < 4
+    assert all(0 <= probe[key] <= 100 for key in ("top1", "top5", "top1_untrained"))
+    (args,) = records(run, "args")
+    return args
 
 
-# ------------------------------------------------------------------------------ alone and on two ranks
+TINY = "--arch resnet10 --stem strided --image-size 16 --epochs 2 --batch-size 16 --log-every 1"
+TINY = [*TINY.split(), "--probe-epochs", "2"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, images, mixed):
-    """All runs of this part, begun at once, two at a time: {(script, kind): (folder, future)}."""
-    folder, pool, started = tmp_path_factory.mktemp("runs"), ThreadPoolExecutor(2), {}
+    """Runs in processes of their own, one at a time beside the tests: {name: (folder, future)}.
+
+    On two ranks each script; "alone" is from disk, with default workers, precision and optimizer.
+    """
+    folder, pool, started = tmp_path_factory.mktemp("runs"), ThreadPoolExecutor(1), {}
+    words = [ROOT / "simclr_fusion.py", *TINY, "--data", mixed, "--run-dir", folder / "alone"]
+    started["alone"] = folder / "alone", pool.submit(python, *words)
     for name in SCRIPTS:
-        for kind, launcher, data in (("alone", (), mixed), ("two ranks", TORCHRUN, images)):
-            run = folder / f"{name} {kind}"
-            words = [*launcher, ROOT / f"{name}.py", *flags(name), "--data", data, "--run-dir", run]
-            words += ["--workers", 1] if kind == "alone" and name == SCRIPTS[0] else []
-            on_cpu = kind == "two ranks" and torch.cuda.device_count() < 2
-            started[name, kind] = run, pool.submit(python, *words, cpu=on_cpu)
+        words = [*TORCHRUN, ROOT / f"{name}.py", *flags(name), "--data", images]
+        on_cpu = torch.cuda.device_count() < 2
+        future = pool.submit(python, *words, "--run-dir", folder / name, cpu=on_cpu)
+        started[name] = folder / name, future
     yield started
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("kind", ["alone", "two ranks"])
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_runs_to_the_probe(runs, name, kind):
-    run, future = runs[name, kind]
+@pytest.fixture
+def alone(runs) -> Path:
+    run, future = runs["alone"]
     done = future.result()
-    assert done.code == 0, done.err
-    assert "Traceback" not in done.err and "linear probe, step 8, 20 val images" in done.out
-    assert {p.name for p in run.iterdir()} == FILES
-    for picture in ("views.png", "neighbours.png"):
-        assert np.asarray(Image.open(run / picture)).std() > 5
-    (args,) = records(run, "args")
-    assert (
-        args["ranks"] == (2 if kind == "two ranks" else 1)
-        and args["batch_size"] == 16
-        and args["epochs"] == 2
-    )
-    train = records(run, "train")
-    assert [line["step"] for line in train] == list(range(1, 9))
-    for line in train:
-        assert line.keys() >= {"epoch", "loss", "lr", "images_per_s", "data_wait", "std", "seconds_left"}
-        assert all(np.isfinite(v) for v in line.values() if isinstance(v, float))
-    (probe,) = records(run, "probe")
-    assert probe["step"] == 8 and all(0 <= probe[k] <= 100 for k in ("top1", "top5", "top1_untrained"))
-    own = {"simclr_curation": "violations_drawn", "byol_dimcl": "dimcl", "barlow_dimcl": "dimcl"}
-    assert own.get(name, "fusion") in train[0]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_backbone_is_torchvisions(runs, name):
-    """The three lines of the README, with the network that was trained."""
-    run, future = runs[name, "alone"]
-    future.result()
-    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-    net.conv1 = torch.nn.Conv2d(3, 64, 3, 2, 1, bias=False)
-    net.fc = torch.nn.Identity()
-    net.load_state_dict(weights(run), strict=True)
-
-
-# ----------------------------------------------------------------------------------- stopped and killed
-
-
-def start(name, data, run, *more, launcher=()):
-    words = [*launcher, ROOT / f"{name}.py", *flags(name), "--data", data, "--run-dir", run, *more]
-    words = [sys.executable, *map(str, words)]
-    return subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
-    )
-
-
-def when_at(process, step: int) -> None:
-    """Waits until the log of `process` shows `step`."""
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            return
-    raise AssertionError(process.stderr.read())
-
-
-LONG = ("--epochs", "3", "--save-every", "1", "--fusion-lr", "0.01")  # 12 steps
-
-
-def test_killed_and_continued_is_bit_identical(images, tmp_path):
-    """simclr_fusion: SIGTERM, then SIGKILL, then to the end; against a run that nothing has disturbed."""
-    undisturbed = start("simclr_fusion", images, tmp_path / "a", *LONG)
-    process = start("simclr_fusion", images, tmp_path / "b", *LONG)
-    when_at(process, 2)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    at = int(re.search(r"stopped by a signal after step (\d+); the same command continues", out).group(1))
-    saved = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
-    assert 2 <= saved["step"] == at < 12
-    assert not (tmp_path / "b" / "backbone.pt").exists()
-
-    process = start("simclr_fusion", images, tmp_path / "b", *LONG)
-    when_at(process, at + 3)
-    process.kill()
-    process.communicate(timeout=120)
-    saved = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
-    assert at + 2 <= saved["step"] < 12
-
-    process = start("simclr_fusion", images, tmp_path / "b", *LONG)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and f"continuing after step {saved['step']}" in out, err
-    assert undisturbed.wait(120) == 0
-    assert same(tmp_path / "a", tmp_path / "b")
-    a, b = (torch.load(tmp_path / x / "checkpoint.pt", weights_only=True) for x in "ab")
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-
-
-def test_stopped_with_its_workers(mixed, tmp_path):
-    """SIGTERM to all processes at once, as torchrun passes it on: the workers leave it to the trainer."""
-    words = [ROOT / "simclr_fusion.py", *flags("simclr_fusion"), "--data", mixed, "--run-dir", tmp_path]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words), "--workers", "1", "--epochs", "100"],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    when_at(process, 2)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped by a signal after step" in out, err
-
-
-def test_stopped_on_two_ranks(images, tmp_path):
-    """SIGTERM to one rank: all agree on a step, save and leave."""
-    process = start("simclr_fusion", images, tmp_path / "run", "--epochs", "100", launcher=TORCHRUN)
-    when_at(process, 2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        pytest.skip("no /proc to find the ranks")
-    ranks = [int(pid) for pid in children.read_text().split()]
-    ranks = [p for p in ranks if b"--run-dir" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    os.kill(ranks[-1], signal.SIGUSR1)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped by a signal after step" in out, err
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 2
-
-
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if n != "simclr_fusion"])
-def test_stopped_and_continued(name, images, tmp_path, capfd, monkeypatch):
-    """The other scripts, in this process: the signal comes with the first line of the log."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)]
-    words = flags(name, f"--data {images} --epochs 1 --probe-epochs 1")  # 4 steps
-    try:
-        assert inside(capfd, name, *words, "--run-dir", str(tmp_path / "a")).code == 0
-        dumps = json.dumps
-
-        def signalling(record, **kwargs):
-            if record.get("event") == "train" and record["step"] == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return dumps(record, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(json, "dumps", signalling)
-            done = inside(capfd, name, *words, "--run-dir", str(tmp_path / "b"))
-        assert done.code == 0 and "stopped by a signal after step 2" in done.out
-        done = inside(capfd, name, *words, "--run-dir", str(tmp_path / "b"))
-        assert done.code == 0 and "continuing after step 2" in done.out
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), handlers, strict=True):
-            signal.signal(number, handler)
-    assert same(tmp_path / "a", tmp_path / "b")
-
-
-def test_the_same_command_again_after_the_end(runs, mixed, tmp_path, capfd, monkeypatch):
-    name = "simclr_fusion"
-    run, future = runs[name, "alone"]
-    future.result()
-    copied = Path(shutil.copytree(run, tmp_path / "run"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = inside(capfd, name, *flags(name), "--data", str(mixed), "--run-dir", str(copied))
-    assert done.code == 0 and "continuing after step 8" in done.out and "step 1/" not in done.out
-    assert same(run, copied)
-    old, new = records(copied, "probe")
-    assert abs(old["top1"] - new["top1"]) <= 10  # 2 of 20 images: another device or number of threads
-
-
-# ------------------------------------------------------------------------------------------ wrong use
+    assert done.code == 0 and "Traceback" not in done.err, done.err
+    return run
 
 
 def refused(done, *words: str) -> None:
@@ -226,19 +109,52 @@ def refused(done, *words: str) -> None:
     assert "Traceback" not in done.err and all(word in done.err for word in words), done.err
 
 
+# ------------------------------------------------------------------- what a user gets by default
+
+
+@pytest.mark.usefixtures("runs")  # they start here
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_default_run(name, tmp_path, capfd, monkeypatch, on_cpu):
+    """A 16th of the shapes and one epoch; all else as without any flag."""
+    draw = common._shapes
+    monkeypatch.setattr(common, "_shapes", lambda count, **seed: draw(count // 16, **seed))
+    done = inside(capfd, name, "--epochs", 1, "--run-dir", tmp_path)
+    assert done.code == 0 and not done.err, done.err
+    args = check_run(tmp_path, name, 8, 32)
+    assert args["preset"] == "shapes" and args["optimizer"] == "adamw"
+    assert args["precision"] == "fp32" and args["batch_size"] == 32 and args["images"] == 256
+    assert "train, step 8: epoch 1, loss " in done.out and "probe, step 8: top1 " in done.out
+    # The README's lines, with the network that was trained.
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    missing, unexpected = net.load_state_dict(weights(tmp_path), strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and not unexpected
+
+
+# ------------------------------------------------------------------------------------- wrong use
+
+
 WRONG = {  # flags -> what the line must name
     "--bogus 1": ("--bogus",),
     "--epoch 1": ("--epoch",),  # no abbreviations
+    "--projector 16-8": ("--projector",),
     "--epochs many": ("--epochs", "many"),
-    "--epochs 0": ("--epochs 0",),
+    "--epochs 0": ("--epochs", "0"),
     "--epochs 1.5": ("--epochs", "1.5"),
-    "--lr nan": ("--lr nan",),
-    "--lr inf": ("--lr inf",),
+    "--lr nan": ("--lr", "nan"),
+    "--lr inf": ("--lr", "inf"),
     "--lr -1": ("--lr",),
-    "--log-every 0": ("--log-every 0",),
+    "--weight-decay 1e308": ("--weight-decay", "1e+308"),
+    "--weight-decay -1": ("--weight-decay",),
+    f"--seed {2**64}": ("--seed", str(2**64)),
+    "--seed -1": ("--seed", "-1"),
+    "--workers -1": ("--workers", "-1"),
+    "--log-every 0": ("--log-every", "0"),
+    "--image-size 0": ("--image-size", "0"),
+    "--warmup-epochs nan": ("--warmup-epochs", "nan"),
     "--optimizer adam": ("--optimizer", "adam", "lars"),
     "--precision fp8": ("--precision", "fp8"),
     "--data /no/such/place": ("/no/such/place", "cifar10"),
+    "--data /no/\udcff": ("/no/", "udcff"),
     "--data imagenet --root /no/such/place": ("/no/such/place/imagenet",),
     "--eval /no/such/backbone.pt": ("/no/such/backbone.pt",),
     "--batch-size 65": ("--batch-size 65", "64"),
@@ -246,15 +162,12 @@ WRONG = {  # flags -> what the line must name
     "--warmup-epochs 2": ("--warmup-epochs 2", "--epochs 2"),
     "--arch resnet19": ("resnet19", "resnet18"),
     "--arch vit_b_16 --image-size 20": ("vit_b_16", "20"),
-    "--projector 16-x": ("--projector", "16-x"),
-    "--projector 0": ("--projector", "0"),
+    "--fusion-patch 5": ("--fusion-patch 5", "16"),
+    "--fusion-kernel 2": ("--fusion-kernel 2", "odd"),
+    "--fusion-layers -1": ("--fusion-layers", "-1"),
+    "--temperature 0": ("--temperature",),
 }
 OWN_WRONG = {
-    "simclr_fusion": {
-        "--fusion-patch 5": ("--fusion-patch 5", "16"),
-        "--fusion-kernel 2": ("--fusion-kernel 2", "odd"),
-        "--temperature 0": ("--temperature",),
-    },
     "mocov2_fusion": {
         "--queue-size 40": ("--queue-size 40", "16"),
         "--queue-size 128": ("--queue-size 128", "64"),
@@ -264,10 +177,12 @@ OWN_WRONG = {
     "byol_dimcl": {
         "--dimcl-weight 1.5": ("--dimcl-weight 1.5",),
         "--target-momentum 2": ("--target-momentum 2",),
+        "--target-momentum nan": ("--target-momentum", "nan"),
     },
     "barlow_dimcl": {
         "--dimcl-weight 2": ("--dimcl-weight 2",),
         "--dimcl-temperature 0": ("--dimcl-temperature",),
+        "--barlow-scale 0": ("--barlow-scale",),
     },
     "simclr_curation": {
         "--curation-candidates 9": ("9 ", "16", "64"),
@@ -276,157 +191,126 @@ OWN_WRONG = {
     },
 }
 TABLE = [("simclr_fusion", extra, words) for extra, words in WRONG.items()]
-TABLE += [(name, extra, words) for name in SCRIPTS for extra, words in OWN_WRONG[name].items()]
+TABLE += [(name, extra, words) for name in OWN_WRONG for extra, words in OWN_WRONG[name].items()]
 
 
-@pytest.mark.parametrize(("name", "extra", "words"), TABLE, ids=[f"{n} {e}" for n, e, _ in TABLE])
+@pytest.mark.parametrize(("name", "extra", "words"), TABLE, ids=[ascii(e) for _, e, _ in TABLE])
 def test_wrong_use_is_one_line(name, extra, words, images, tmp_path, capfd):
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoint.pt").write_bytes(b"precious")
-    words_given = [*flags(name), "--data", str(images), "--run-dir", str(run), *extra.split()]
-    refused(inside(capfd, name, *words_given), *words)
+    given = [*flags(name), "--data", images, "--run-dir", run, *extra.split()]
+    refused(inside(capfd, name, *given), *words)
     assert (run / "checkpoint.pt").read_bytes() == b"precious"
     assert not (run / "backbone.pt").exists()
 
 
-def test_wrong_use_in_a_process_of_its_own(images, tmp_path):
-    done = python(ROOT / "simclr_fusion.py", "--data", tmp_path / "nothing", "--run-dir", tmp_path / "run")
-    refused(done, str(tmp_path / "nothing"))
+@pytest.mark.parametrize("flag", ["--data", "--eval", "--run-dir", "--root"])
+def test_an_empty_word_is_refused(flag, images, tmp_path, capfd, monkeypatch):
+    """As from an unset variable of a shell."""
+    monkeypatch.chdir(tmp_path)
+    words = [*flags("simclr_fusion"), "--data", images, flag, ""]
+    refused(inside(capfd, "simclr_fusion", *words), "empty")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_inside_its_images_is_refused(images, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(images)
+    for data, run in ((images, images / "x"), (".", "runs/x"), (images, images)):
+        words = [*flags("simclr_fusion"), "--data", data, "--run-dir", run]
+        refused(inside(capfd, "simclr_fusion", *words), "--run-dir")
+    refused(inside(capfd, "simclr_fusion", "--data", "."), "--run-dir")  # the default one
+    assert {p.name for p in images.iterdir()} == {"train", "val"}
+
+
+def test_a_huge_layer_is_one_line(images, tmp_path, capfd):
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path]
+    done = inside(capfd, "simclr_fusion", *words, "--fusion-kernel", 99999)
+    assert done.code == 1 and done.err.count("\n") == 1 and "memory" in done.err, done.err
+
+
+def test_wrong_use_in_a_process_of_its_own(tmp_path):
+    words = ["--data", tmp_path / "nothing", "--run-dir", tmp_path / "run"]
+    refused(python(ROOT / "simclr_fusion.py", *words), str(tmp_path / "nothing"))
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_do_not_come_from_torchrun(images, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path / "run"]
+    refused(inside(capfd, "simclr_fusion", *words), "RANK", "torchrun")
+
+
 def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkeypatch):
-    """As rank 0 of 3, without the two others: the refusal comes before any of them is needed."""
+    """As one of three ranks: refused before any of the others is needed, and told by rank 0."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **k: None)
     run = tmp_path / "run"
-    words = [*flags("simclr_fusion"), "--data", str(images), "--run-dir", str(run)]
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", run]
     refused(inside(capfd, "simclr_fusion", *words), "--batch-size 16", "3 ranks")
-    assert not run.exists()
-
-
-@pytest.mark.parametrize("kind", ["cut", "foreign", "empty", "another rate", "another script", "more images"])
-def test_checkpoints_that_do_not_fit_are_refused_and_kept(kind, runs, mixed, images, tmp_path, capfd):
-    run, future = runs["simclr_fusion", "alone"]
-    future.result()
-    copied = Path(shutil.copytree(run, tmp_path / "run"))
-    checkpoint, extra, name, data = copied / "checkpoint.pt", [], "simclr_fusion", mixed
-    if kind == "cut":
-        checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
-    elif kind == "foreign":
-        torch.save({"state_dict": {}, "epoch": 3}, checkpoint)
-    elif kind == "empty":
-        checkpoint.write_bytes(b"")
-    elif kind == "another rate":
-        extra = ["--lr", "0.2"]
-    elif kind == "another script":
-        name = SCRIPTS[-1]
-    else:
-        data = images
-    before = checkpoint.read_bytes(), (copied / "backbone.pt").read_bytes()
-    done = inside(capfd, name, *flags(name), "--data", str(data), "--run-dir", str(copied), *extra)
-    refused(done, str(checkpoint))
-    assert before == (checkpoint.read_bytes(), (copied / "backbone.pt").read_bytes())
-
-
-def test_weights_that_end_as_nan_are_not_saved(images, tmp_path, capfd, monkeypatch):
-    """The loss of the last step, the eighth, is still finite."""
-    step, calls = torch.optim.SGD.step, []
-
-    def spoiling(self, *args, **kwargs):
-        step(self, *args, **kwargs)
-        calls.append(len(calls) + 1)
-        if len(calls) == 8:
-            self.param_groups[0]["params"][0].data.fill_(torch.nan)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", spoiling)
-    words = [*flags("simclr_fusion"), "--data", str(images), "--run-dir", str(tmp_path)]
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
+    monkeypatch.setenv("RANK", "1")
     done = inside(capfd, "simclr_fusion", *words)
-    assert done.code == 1 and done.err.count("\n") == 1 and "weights not finite at step 8" in done.err
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
-    assert not (tmp_path / "backbone.pt").exists()
+    assert done.code == 2 and not done.err and not run.exists()
+
+
+def test_fp16_on_a_cpu_is_told_to_be_slow(images, tmp_path, capfd, on_cpu):
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path]
+    done = inside(capfd, "simclr_fusion", *words, "--precision", "fp16", "--epochs", 1)
+    assert done.code == 0 and "fp16" in done.out + done.err and "slow" in done.out + done.err
+
+
+def test_no_tensorboard_is_one_line(images, tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path, "--tensorboard"]
+    done = inside(capfd, "simclr_fusion", *words)
+    assert done.code in (1, 2) and done.err.count("\n") == 1 and "tensorboard" in done.err
 
 
 def test_non_finite_loss_stops(images, tmp_path, capfd):
-    words = [
-        *flags("simclr_fusion"),
-        "--data",
-        str(images),
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--lr",
-        "1e30",
-    ]
-    done = inside(capfd, "simclr_fusion", *words, "--warmup-epochs", "0")
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path, "--lr", "1e9"]
+    done = inside(capfd, "simclr_fusion", *words, "--warmup-epochs", 0)
     assert done.code == 1 and done.err.count("\n") == 1 and "not finite" in done.err
-    assert not (tmp_path / "run" / "backbone.pt").exists()
+    assert not (tmp_path / "backbone.pt").exists()
 
 
-# ---------------------------------------------------------------------------------------- other commands
+# --------------------------------------------------------------------------------- other commands
 
 
 def test_images_without_labels(tmp_path, capfd):
-    """Pictures in no order: trained on, no probe, which is said."""
+    """Pictures in no order: trained on, no probe, which is said at the start."""
     pictures = write_images(tmp_path / "pictures", 1, 40, ((24, 24), (20, 30)))
     shutil.copytree(pictures / "class_0", pictures / "deep" / "er")
     run = tmp_path / "run"
-    done = inside(
-        capfd, "simclr_fusion", *flags("simclr_fusion"), "--data", str(pictures), "--run-dir", str(run)
-    )
-    assert done.code == 0 and "no linear probe: the images have no labels" in done.out
-    assert "80 images" in done.out
+    words = [*flags("simclr_fusion"), "--data", pictures, "--run-dir", run]
+    done = inside(capfd, "simclr_fusion", *words)
+    assert done.code == 0 and "no linear probe" in done.out.splitlines()[0]
+    assert records(run, "args")[0]["images"] == 80
     assert {p.name for p in run.iterdir()} == FILES and not records(run, "probe")
 
 
 def test_few_images(tmp_path, capfd):
     """Two classes of four: smaller than everything that has a fixed size."""
     pictures = write_images(tmp_path / "pictures", 2, 4)
-    words = [
-        *flags("simclr_fusion"),
-        "--data",
-        str(pictures),
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--batch-size",
-        "4",
-    ]
-    done = inside(capfd, "simclr_fusion", *words)
-    assert done.code in (0, 2) and "Traceback" not in done.err
-    assert done.code == 0 or done.err.count("\n") == 1
+    words = [*flags("simclr_fusion"), "--data", pictures, "--run-dir", tmp_path / "run"]
+    done = inside(capfd, "simclr_fusion", *words, "--batch-size", 4)
+    assert done.code == 0 and len(records(tmp_path / "run", "probe")) == 1, done.err
 
 
-def test_eval(runs, mixed, tmp_path, capfd):
-    """--eval takes the network's settings from its run, and the accuracy is that of the run's end."""
-    run, future = runs["simclr_fusion", "alone"]
-    future.result()
-    before = snapshot(run)
-    words = ["--data", str(mixed), "--probe-epochs", "2", "--workers", "0", "--precision", "fp32"]
-    words += ["--run-dir", str(tmp_path / "eval"), "--eval", str(run / "backbone.pt")]
-    done = inside(capfd, "simclr_fusion", *words)
+def test_probes_during_training_and_tensorboard(images, tmp_path, capfd):
+    pytest.importorskip("tensorboard")
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path]
+    done = inside(capfd, "simclr_fusion", *words, "--probe-every", 1, "--tensorboard")
     assert done.code == 0, done.err
-    (old,), (new,) = records(run, "probe"), records(tmp_path / "eval", "probe")
-    assert abs(old["top1"] - new["top1"]) <= 10 and old["top1_untrained"] == pytest.approx(
-        new["top1_untrained"], abs=10
-    )
-    assert snapshot(run) == before
-    (run / "broken.pt").write_bytes(before["backbone.pt"][:-500])
-    words[-1] = str(run / "broken.pt")
-    refused(inside(capfd, "simclr_fusion", *words), "broken.pt")
-    torch.save({"conv1.weight": torch.zeros(1)}, run / "broken.pt")
-    refused(inside(capfd, "simclr_fusion", *words), "broken.pt")
-    (run / "broken.pt").unlink()
+    first, last = records(tmp_path, "probe")
+    assert (first["step"], last["step"]) == (4, 8) and "top1_untrained" not in first
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
-def test_shapes_and_probes_during_training(tmp_path, capfd, monkeypatch):
-    """Embedded data (here a sixteenth of it), its preset, `--probe-every`, `--probe-augment`."""
-    draw = common._shapes
-    monkeypatch.setattr(common, "_shapes", lambda count, **seed: draw(count // 16, **seed))
-    words = flags("simclr_fusion", f"--probe-every 1 --probe-augment --batch-size 128 --run-dir {tmp_path}")
-    done = inside(capfd, "simclr_fusion", *words, "--data", "shapes")
-    assert done.code == 0 and "256 images" in done.out and "preset shapes" in done.out
-    assert [r["step"] for r in records(tmp_path, "probe")] == [2, 4]
+def test_probes_do_not_change_the_training(images, tmp_path, capfd, on_cpu):
+    for run, every in (("a", 0), ("b", 1)):
+        words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path / run]
+        assert inside(capfd, "simclr_fusion", *words, "--probe-every", every).code == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -435,28 +319,202 @@ def test_help(name, capfd):
     assert done.code == 0 and f"python {name}.py --data cifar10" in done.out and not done.err
 
 
+def test_real_photographs(real, tmp_path, capfd):
+    """Real JPEG files of all sizes, gray and progressive ones too, through the path on disk."""
+    words = flags("simclr_fusion", f"--epochs 1 --batch-size 45 --data {real / 'photos' / 'val'}")
+    done = inside(capfd, "simclr_fusion", *words, "--run-dir", tmp_path / "run")
+    assert done.code == 0 and not done.err, done.err
+    args = check_run(tmp_path / "run", "simclr_fusion", 2, 16)
+    assert args["images"] == 90 and args["preset"] == "imagenet100"
+
+
+# --------------------------------------------------------------------- in processes of their own
+
+
+def test_from_disk_with_default_workers(alone):
+    args = check_run(alone, "simclr_fusion", 8, 16)
+    assert args["workers"] > 0 and args["optimizer"] == "larc" and args["preset"] == "cifar"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_on_two_ranks(runs, name):
+    run, future = runs[name]
+    done = future.result()
+    assert done.code == 0 and "Traceback" not in done.err, done.err
+    args = check_run(run, name, 8, 16)
+    assert args["ranks"] == 2 and args["batch_size"] == 16
+    assert done.out.count("train, step 8:") == 1
+
+
+def when_at(process, step: int) -> None:
+    """Waits until the log of `process` shows `step`."""
+    for line in process.stdout:
+        if line.startswith(f"train, step {step}:"):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    if not path.exists():
+        pytest.skip("no /proc to find other processes")
+    return [int(child) for child in path.read_text().split()]
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those of `pids` that run; waits a second for their end."""
+    for _ in range(10):
+        paths = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+        states = {pid: path.read_text().split()[2] for pid, path in paths.items() if path.exists()}
+        pids = [pid for pid, state in states.items() if state != "Z"]
+        if pids:
+            time.sleep(0.1)
+    return pids
+
+
+def test_killed_and_continued_is_bit_identical(alone, mixed, tmp_path):
+    """SIGKILL with workers of another number, in the second epoch."""
+    words = [ROOT / "simclr_fusion.py", *TINY, "--data", mixed, "--workers", 2]
+    words += ["--run-dir", tmp_path]
+    process = start(*words)
+    when_at(process, 5)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(workers) == 2 and not alive(workers)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] in (4, 8) and not (tmp_path / "backbone.pt").exists()
+    done = python(*words)
+    assert done.code == 0 and f"args, step {saved['step']}:" in done.out, done.err
+    assert same(weights(alone), weights(tmp_path))
+    a, b = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (alone, tmp_path))
+    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+
+
+def endless(mixed: Path, run: Path, *launcher: str, workers: int = 2):
+    words = [*launcher, ROOT / "simclr_fusion.py", *TINY, "--epochs", 10**6, "--data", mixed]
+    return start(*words, "--workers", workers, "--run-dir", run)
+
+
+def test_one_run_at_a_time_and_stopped_with_its_workers(mixed, tmp_path, capfd):
+    """A second start is refused; SIGTERM to the trainer and all its workers, as from SLURM."""
+    process = endless(mixed, tmp_path)
+    when_at(process, 2)
+    words = [*flags("simclr_fusion"), "--data", mixed, "--run-dir", tmp_path]
+    refused(inside(capfd, "simclr_fusion", *words), "another process", str(tmp_path))
+    workers = children(process.pid)
+    for pid in (*workers, process.pid):
+        os.kill(pid, signal.SIGTERM)
+    done = result(process, 20)
+    assert done.code == 128 + signal.SIGTERM and not done.err, done.err
+    assert "by 'SIGTERM', next 'the same command continues'" in done.out
+    assert len(workers) == 2 and not alive(workers)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 2
+
+
+def test_a_killed_worker_ends_the_run(mixed, tmp_path):
+    process = endless(mixed, tmp_path)
+    when_at(process, 2)
+    workers = children(process.pid)
+    os.kill(workers[0], signal.SIGKILL)
+    done = result(process, 20)
+    assert done.code == 1 and done.err.count("\n") == 1 and "killed" in done.err, done.err
+    assert not alive(workers)
+
+
+def test_the_second_signal_ends_at_once(mixed, tmp_path):
+    """Also a run that does not come to answer the first: here one that never asks for it."""
+    code = "import simclr_fusion as script; script.asked_to_stop = lambda: 0; script.main()"
+    words = [*TINY, "--epochs", 10**6, "--data", mixed, "--run-dir", tmp_path, "--workers", 2]
+    process = start("-c", code, *words)
+    when_at(process, 2)
+    process.send_signal(signal.SIGINT)
+    for _ in range(3):
+        process.stdout.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert result(process, 20).code == -signal.SIGINT
+
+
+def test_ranks_stop_and_save_when_torchrun_is_killed(mixed, tmp_path):
+    process = endless(mixed, tmp_path, *TORCHRUN, workers=1)
+    when_at(process, 2)
+    ranks = children(process.pid)
+    process.send_signal(signal.SIGUSR1)
+    done = result(process, 20)  # the ranks hold the other ends of its pipes
+    assert done.code == -signal.SIGUSR1 and "stopped, step" in done.out, done.err
+    assert not alive(ranks)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 2
+
+
+def test_the_same_command_again_after_the_end(alone, mixed, tmp_path, capfd, on_cpu):
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    words = [*TINY, "--data", mixed, "--run-dir", run, "--workers", 0]
+    done = inside(capfd, "simclr_fusion", *words)
+    assert done.code == 0 and "args, step 8:" in done.out and "train, step" not in done.out
+    assert same(weights(alone), weights(run))
+    old, new = records(run, "probe")
+    assert abs(old["top1"] - new["top1"]) <= 10  # 2 of 20 images: another number of threads
+
+
 def test_a_copy_in_an_empty_folder_runs(images, tmp_path):
-    """One script and common.py are enough; everything it writes goes to runs/SCRIPT_DATA_SEED."""
-    name = SCRIPTS[-1]
+    """One script and common.py are enough; all it writes goes to runs/SCRIPT_DATA_SEED."""
+    name = "simclr_curation"
     for file in (f"{name}.py", "common.py"):
         shutil.copy(ROOT / file, tmp_path)
-    done = python(
-        f"{name}.py",
-        *flags(name, "--epochs 1 --batch-size 32"),
-        "--data",
-        images,
-        cwd=tmp_path,
-        PYTHONPATH="",
-    )
+    words = [f"{name}.py", *flags(name, "--epochs 1 --batch-size 32"), "--data", images]
+    done = python(*words, cwd=tmp_path, PYTHONPATH="")
     assert done.code == 0, done.err
-    assert {p.name for p in (tmp_path / "runs" / f"{name}_images0_0").iterdir()} == FILES or (
-        tmp_path / "runs"
-    ).exists()
+    check_run(tmp_path / "runs" / f"{name}_{images.name}_0", name, 2, 16)
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {
+        f"{name}.py",
+        "common.py",
+        "runs",
+    }
 
 
-def test_real_photographs(real, tmp_path, capfd):
-    """Real JPEG files of all sizes, gray and progressive ones among them, through the path on disk."""
-    words = flags("simclr_fusion", f"--epochs 1 --batch-size 45 --data {real / 'photos' / 'val'}")
-    done = inside(capfd, "simclr_fusion", *words, "--run-dir", str(tmp_path / "run"))
-    assert done.code == 0 and "unreadable" not in done.err, done.err
-    assert "90 images" in done.out and "OnDisk" in done.out and "10 val images" in done.out
+# Checkpoints: what else may be wrong with one is tested in test_scripts.py.
+@pytest.mark.parametrize("kind", ["cut", "another rate", "another script", "others", "no access"])
+def test_checkpoints_that_do_not_fit_are_refused_and_kept(kind, alone, mixed, tmp_path, capfd):
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    checkpoint, extra, name, data = run / "checkpoint.pt", [], "simclr_fusion", mixed
+    before = checkpoint.read_bytes()
+    if kind == "cut":
+        checkpoint.write_bytes(before[:-1000])
+    elif kind == "another rate":
+        extra = ["--lr", "0.2"]
+    elif kind == "another script":
+        name = "simclr_curation"
+    elif kind == "others":  # as many images, one of another name
+        data = Path(shutil.copytree(mixed, tmp_path / "others"))
+        (data / "train" / "class_0" / "3.jpg").rename(data / "train" / "class_0" / "x.jpg")
+    elif os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    else:
+        checkpoint.chmod(0)
+    words = [*TINY, "--data", data, "--run-dir", run, "--workers", 0, *extra]
+    refused(inside(capfd, name, *words), str(checkpoint))
+    checkpoint.chmod(0o600)
+    assert checkpoint.read_bytes() == (before[:-1000] if kind == "cut" else before)
+    assert same(weights(alone), weights(run))
+
+
+def test_eval(alone, mixed, tmp_path, capfd, on_cpu):
+    """--eval with the flags of the run: the accuracy is that of the run's end."""
+    words = [*TINY, "--data", mixed, "--workers", 0, "--run-dir", tmp_path / "eval", "--eval"]
+    done = inside(capfd, "simclr_fusion", *words, alone / "backbone.pt")
+    assert done.code == 0, done.err
+    assert {p.name for p in (tmp_path / "eval").iterdir()} == {"metrics.jsonl", "neighbours.png"}
+    (old,), (new,) = records(alone, "probe"), records(tmp_path / "eval", "probe")
+    for key in ("top1", "top1_untrained"):
+        assert old[key] == pytest.approx(new[key], abs=10)  # 2 of 20 images
+    whole, broken = weights(alone), tmp_path / "broken.pt"
+    for kind in ("cut", "foreign", "nan"):
+        if kind == "cut":
+            broken.write_bytes((alone / "backbone.pt").read_bytes()[:-500])
+        elif kind == "foreign":
+            torch.save({"conv1.weight": torch.zeros(1)}, broken)
+        else:
+            torch.save(whole | {"conv1.weight": whole["conv1.weight"] * torch.nan}, broken)
+        done = inside(capfd, "simclr_fusion", *words, broken)
+        refused(done, "not finite" if kind == "nan" else str(broken))
