@@ -21,7 +21,7 @@ its code: without it Barlow's gradient is so much larger that DimCL has no effec
 norm and L2 normalisation of a column are centring and L2 normalisation: the scale cancels. Our
 reading: under several ranks statistics and gradients of both losses are those of the whole batch.
 
-Measured with s = 1 (10,000 images of CIFAR-10, 8 epochs, three seeds; commands in the README):
+Measured with s = 1 (10,000 images of CIFAR-10, 8 epochs, three seeds, 2026-11-22; see README):
 linear probe 48.3 % with DimCL, 48.8 % without, 38 % on the untrained network: no gain.
 """
 
@@ -85,7 +85,7 @@ DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cp
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",    "stl10",    "imagenet100", "imagenet")
 PRESETS = {
-    "epochs":            (5,          1000,       200,        400,           1000),
+    "epochs":            (8,          1000,       200,        400,           1000),
     "batch_size":        (64,         256,        256,        256,           2048),
     "lr":                (0.003,      0.3,        0.3,        0.3,           0.2),
     "weight_decay":      (1e-4,       1e-4,       1e-4,       1e-4,          1e-6),

@@ -34,7 +34,7 @@ convolution and patch restoration are from public summaries. Our reading: kernel
 start at the identity, a learning rate of its own, a momentum copy for the keys, the random order
 (--no-fusion-shuffle goes without).
 
-Measured (10,000 images of CIFAR-10, 8 epochs, one seed; commands in the README): linear probe
+Measured (10,000 images of CIFAR-10, 8 epochs, one seed, 2026-11-22; see README): linear probe
 47.2 % with fusion, 47.3 % without, 37.4 % on the untrained network: no difference.
 """
 
