@@ -600,6 +600,17 @@ def test_weights_of_the_losses(extra, device):
     assert scales[1] == pytest.approx(10 * scales[0], rel=1e-5)
 
 
+def test_keys_are_in_the_order_of_their_images(device):
+    """They are made in another one. Without batch norm each depends on its image alone."""
+    script = importlib.import_module("mocov2_fusion")
+    run = built(script)
+    x, model = views(script, run, 0)[0], run.model.eval()
+    with torch.no_grad():
+        alone = [model.key_projector(model.key_backbone(image[None])) for image in x]
+    expected = nn.functional.normalize(torch.cat(alone))
+    torch.testing.assert_close(model.keys(x, 0), expected, rtol=1e-4, atol=1e-5)
+
+
 VARIANTS = {  # the plain methods, and what else changes the step
     "simclr_fusion": ["", "--fusion-layers 0", "--no-fusion-shuffle"],
     "mocov2_fusion": ["", "--fusion-layers 0", "--no-fusion-shuffle"],
@@ -735,6 +746,7 @@ def test_what_is_kept_of_the_candidates(kind, device):
     run = built(script, flag)
     batch = views(script, run, 0)
     assert len(batch[0]) == 48
+    batch[1][20:30] = batch[0][20:30]  # ten pairs without fault, in the second of three batches
     before = copy.deepcopy(run.model.state_dict())
     rows, logged = run.model.curate(*batch)
     assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
@@ -750,8 +762,7 @@ def test_what_is_kept_of_the_candidates(kind, device):
     if kind == "pairs":
         assert set(rows.tolist()) == set(margins[0].argsort()[:16].tolist())
     else:
-        best = int(shares.argmin())
-        assert rows.tolist() == list(range(16 * best, 16 * best + 16))
+        assert rows.tolist() == list(range(16, 32)) and shares.argmin() == 1
         assert logged["violations_trained"].item() == pytest.approx(shares.min().item())
     assert logged["violations_drawn"].item() == pytest.approx(shares.mean().item())
     assert logged["violations_trained"] <= logged["violations_drawn"]
@@ -938,6 +949,10 @@ def test_a_failed_save_leaves_the_old_file(machine, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         machine.save({"a": 2}, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+    monkeypatch.undo()
+    with path.open("rb") as old:  # who reads the old file reads it to the end
+        machine.save({"a": 3}, path)
+        assert old.read() == before and machine.read(path) == {"a": 3}
 
 
 # ------------------------------------------------------------------------------- log, backbones
@@ -959,6 +974,23 @@ def test_signals_are_caught_in_training_only(machine, monkeypatch, tmp_path):
     ignored = SIGNALS.index(signal.SIGHUP)
     assert [handlers.pop(ignored) for handlers in seen] == [signal.SIG_IGN] * 3
     assert seen == [[signal.SIG_DFL] * 3, [machine.note_signal] * 3, [signal.SIG_DFL] * 3]
+
+
+def test_a_step_whose_workers_were_signalled_too(script, monkeypatch):
+    """Its images are loaded without them, so that the run can save; else the failure is told."""
+    run = built(script)
+
+    def failing():
+        raise common.DataError("a worker was killed")
+        yield
+
+    monkeypatch.setattr(script.time, "sleep", lambda _: None)
+    monkeypatch.setattr(script, "STOP", [])
+    with pytest.raises(common.DataError):
+        script.next_views(failing(), 5, run.data, run.args)
+    script.STOP.append(signal.SIGTERM)
+    found = script.next_views(failing(), 5, run.data, run.args)
+    assert same(found, views(script, run, 5))
 
 
 def test_a_torn_last_line_is_dropped(machine, tmp_path):
