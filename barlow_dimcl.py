@@ -77,11 +77,11 @@ DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cp
 # The settings of published runs (sources and deviations: README), a column for each data set; other
 # images get the column of those of similar size. A flag that is given wins over its row. Where the
 # stem is None it follows from the size of a view: small up to 64 px, else imagenet.
-# The rate of biases and norms, bias_lr, belongs to a scale of the loss; with LARS that of weights
-# does not.
-# solo-learn scales the loss by .1 and gives all parameters one rate; on ImageNet-100 its gradient
-# is half of the true one, hence .05. On ImageNet the published .0048 went with 1/16 of the true
-# gradient of the unscaled loss, on 16 GPUs: .0048 / 16 / .1 = .003.
+# bias_rate is the rate of biases and norms as a share of that of weights. LARS makes the step of
+# weights independent of the loss's scale, theirs not, so it belongs to a scale. solo-learn scales
+# the loss by .1 and gives all one rate; on ImageNet-100 its gradient is half of the true one, hence
+# .05. On ImageNet .0048 beside .2 went with 1/16 of the true gradient of the unscaled loss, on 16
+# GPUs: .0048 / 16 / .1 = .003, and .003 / .2 = .015.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",    "stl10",    "imagenet100", "imagenet")
 PRESETS = {
@@ -94,11 +94,11 @@ PRESETS = {
     "arch":              ("resnet10", "resnet18", "resnet18", "resnet18",    "resnet50"),
     "stem":              ("imagenet", "small",    None,       None,          None),
     "barlow_scale":      (0.1,        0.1,        0.1,        0.05,          0.1),
-    # Without a flag: the rate of biases and norms, see above,
-    "bias_lr":           (0.003,      0.3,        0.3,        0.3,           0.003),
-    # whether residual blocks begin as the identity, the widths of the projector's
+    # Without a flag: the share of the rate that biases and norms get, see above,
+    "bias_rate":         (1.0,        1.0,        1.0,        1.0,           0.015),
+    # whether residual blocks begin as the identity,
     "zero_init_residual": (False,     False,      False,      False,         True),
-    # layers, and whether they have biases,
+    # the widths of the projector's layers and whether they have biases,
     "projector":         ([512] * 3,  [2048] * 3, [2048] * 3, [2048] * 3,    [8192] * 3),
     "projector_bias":    (True,       True,       True,       True,          False),
     # the smallest crop as a share of the image, P(blur) of view 1 and view 2.
@@ -191,7 +191,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Weights; biases and norms without decay and LARS, at a rate of their own."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    bias_peak = args.bias_lr * args.peak_lr / args.lr
+    bias_peak = args.peak_lr
+    if args.optimizer in ("lars", "larc"):
+        bias_peak *= args.bias_rate
     return [
         {"params": weights, "peak": args.peak_lr, "decay": args.weight_decay, "adapt": True},
         {"params": others, "peak": bias_peak, "decay": 0.0, "adapt": False},
@@ -199,11 +201,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
 
 def fit_method(args: Namespace, given: Namespace) -> None:
-    """Fits to the flags what was not given, and refuses what this method cannot do."""
+    """Refuses what this method cannot do."""
     if args.dimcl_weight > 1:
         refuse(f"--dimcl-weight {args.dimcl_weight} is greater than 1")
-    if given.optimizer is not None:  # the preset's rate belongs to the preset's optimizer
-        args.bias_lr = args.lr
     w, dim = args.dimcl_weight, args.projector[-1]
     # Of embeddings that know nothing, but for lambda times the noise of the correlations.
     args.chance_loss = w * math.log(2 * dim - 1) + (1 - w) * args.barlow_scale * dim
@@ -291,6 +291,8 @@ def configure() -> tuple[Namespace, Data]:
 def join_ranks() -> None:
     """Under torchrun: meets the other ranks; NCCL for tensors on GPUs, gloo for those on CPUs."""
     if CUDA:
+        if DEVICE.index >= torch.cuda.device_count():
+            refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ:
         try:
@@ -718,8 +720,8 @@ def main() -> None:
     if args.precision == "fp16" and not CUDA:
         log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
     if args.eval:
-        with readable(args.eval):
-            backbone.load_state_dict(read(args.eval))
+        with readable(Path(args.eval)):
+            backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
     set_signals(note_signal)
     train(backbone, data, args, log)

@@ -91,9 +91,9 @@ PRESETS = {
     "arch":              ("resnet10", "resnet18",  "resnet18",  "resnet18",    "resnet50"),
     "stem":              ("imagenet", "small",     None,        None,          None),
     "target_momentum":   (0.9,        0.99,        0.99,        0.99,          0.99),
-    # Without a flag: whether residual blocks begin as the identity, the widths of the layers of
+    # Without a flag: whether residual blocks begin as the identity,
     "zero_init_residual": (False,     False,       False,       False,         False),
-    # projector and predictor, and whether the last of them has a bias,
+    # the widths of projector's and predictor's layers and whether the last ones have a bias,
     "projector":         ([512, 128], [4096, 256], [4096, 256], [4096, 256],   [4096, 256]),
     "predictor":         ([512, 128], [4096, 256], [4096, 256], [8192, 256],   [4096, 256]),
     "last_bias":         (True,       True,        True,        True,          False),
@@ -312,6 +312,8 @@ def configure() -> tuple[Namespace, Data]:
 def join_ranks() -> None:
     """Under torchrun: meets the other ranks; NCCL for tensors on GPUs, gloo for those on CPUs."""
     if CUDA:
+        if DEVICE.index >= torch.cuda.device_count():
+            refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ:
         try:
@@ -739,8 +741,8 @@ def main() -> None:
     if args.precision == "fp16" and not CUDA:
         log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
     if args.eval:
-        with readable(args.eval):
-            backbone.load_state_dict(read(args.eval))
+        with readable(Path(args.eval)):
+            backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
     set_signals(note_signal)
     train(backbone, data, args, log)

@@ -262,13 +262,14 @@ class Method(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self, step: int) -> None:
         """Once a step, before the forward pass. Running averages of batch norm are its own."""
+        weight = 1 - momentum(step, self.args)
         for key, query in (
             (self.key_backbone, self.backbone),
             (self.key_projector, self.projector),
             (self.key_fusion, self.fusion),
         ):
             for p_key, p in zip(key.parameters(), query.parameters(), strict=True):
-                p_key.lerp_(p, 1 - momentum(step, self.args))
+                p_key.lerp_(p, weight)
 
     def contrast(self, x1: Tensor, x2: Tensor, step: int, queue: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of queries of view 1 and keys of view 2, which enter the queue; the queries."""
@@ -421,6 +422,8 @@ def configure() -> tuple[Namespace, Data]:
 def join_ranks() -> None:
     """Under torchrun: meets the other ranks; NCCL for tensors on GPUs, gloo for those on CPUs."""
     if CUDA:
+        if DEVICE.index >= torch.cuda.device_count():
+            refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ:
         try:
@@ -847,8 +850,8 @@ def main() -> None:
     if args.precision == "fp16" and not CUDA:
         log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
     if args.eval:
-        with readable(args.eval):
-            backbone.load_state_dict(read(args.eval))
+        with readable(Path(args.eval)):
+            backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
     set_signals(note_signal)
     train(backbone, data, args, log)

@@ -331,6 +331,8 @@ def configure() -> tuple[Namespace, Data]:
 def join_ranks() -> None:
     """Under torchrun: meets the other ranks; NCCL for tensors on GPUs, gloo for those on CPUs."""
     if CUDA:
+        if DEVICE.index >= torch.cuda.device_count():
+            refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ:
         try:
@@ -758,8 +760,8 @@ def main() -> None:
     if args.precision == "fp16" and not CUDA:
         log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
     if args.eval:
-        with readable(args.eval):
-            backbone.load_state_dict(read(args.eval))
+        with readable(Path(args.eval)):
+            backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
     set_signals(note_signal)
     train(backbone, data, args, log)

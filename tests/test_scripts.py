@@ -215,9 +215,28 @@ def test_a_folder_gets_the_preset_of_its_size(script, side, column, view, monkey
     assert args.optimizer == preset["optimizer"] and args.epochs == preset["epochs"]
     assert args.stem == ("small" if side <= 64 else "imagenet")
     assert args.batch_size == 8 and args.steps == 8 * args.epochs  # at least eight steps an epoch
-    assert args.precision == ("fp32" if script.DEVICE.type == "cpu" else script.HALF)
+    assert args.precision == ("fp32" if script.DEVICE.type == "cpu" else script.PRECISION)
     assert args.run_dir == f"runs/{script.__name__}_pictures_0"
     assert all(recipe.size == view for recipe in script.recipes(args))
+
+
+def test_barlows_biases_have_their_own_rate_under_lars_only():
+    """On ImageNet .0048 / 16 ranks / the loss's scale .1, per 256 images."""
+    script = importlib.import_module("barlow_dimcl")
+    rates = {}
+    for optimizer in ("lars", "adamw"):
+        run = built(script, f"--optimizer {optimizer}")
+        run.args.lr, run.args.peak_lr, run.args.bias_rate = 0.2, 0.2, script.PRESETS["bias_rate"][4]
+        rates[optimizer] = [g["peak"] for g in script.parameter_groups(run.model, run.args)]
+    assert rates["lars"] == pytest.approx([0.2, 0.003]) and rates["adamw"] == [0.2, 0.2]
+
+
+def test_more_ranks_than_gpus_is_one_line(machine, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "CUDA", True)
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda:99"))
+    with pytest.raises(SystemExit) as end:
+        machine.join_ranks()
+    assert end.value.code == 1 and "no cuda:99" in capsys.readouterr().err
 
 
 def test_named_data_get_their_column(script, monkeypatch):
