@@ -2,7 +2,8 @@
 
 1. Data: `load_data` finds the images, `Batches` serves them as views, from memory or from disk.
 2. Augmentation: `Augment` is the settings of one view; `SIMCLR`, `MOCO_V2`, `BYOL_VIEWS` are the
-   published ones. All operations work on whole batches, on the device that trains.
+   published ones. All operations work on batches, on the device that trains. Only image files are
+   cropped one by one, where they are decoded: by data workers, on the CPU.
 3. Losses: `nt_xent`, `info_nce`, `byol_loss`, `barlow_twins`, `dimcl`; `gather` for several ranks.
 
 Whatever is random is a pure function of (seed, step, view): see `generator`. So nothing random has
@@ -68,9 +69,10 @@ def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------------------ data
 #
 # A source of images is an InMemory, or an OnDisk or a subclass of it. For another store (zip, LMDB)
-# subclass OnDisk, write `read` (called in data workers) and return it from `load_data`, in a branch
-# beside `shapes`; `files` may hold whatever names an image there. For another file format, add its
-# ending to ENDINGS and what decodes it to `_decode`.
+# subclass OnDisk, write `decode`, and return it from `load_data`, in a branch beside `shapes`;
+# `files` may hold whatever names an image there. `decode` is called in the trainer and then in data
+# workers, which are its forks: open a store's handle once for each os.getpid(). For another file
+# format, add its ending to ENDINGS and what decodes it to `_decode`.
 
 
 class DataError(ValueError):
@@ -146,8 +148,12 @@ class OnDisk:
         return _crc32(self.files, self.labels)
 
     def path(self, index: int) -> str:
-        """Where image `index` lies."""
+        """Where image `index` lies, or what names it in a message."""
         return os.fsdecode(os.path.join(self.folder, self.files[index]))
+
+    def decode(self, index: int) -> Tensor:
+        """Pixels (3, H, W) uint8 of image `index`. Whatever it raises says: unreadable."""
+        return _decode(self.path(index))
 
     def read(self, index: int) -> tuple[Tensor, list[int]]:
         """Pixels (3, H, W) uint8 of image `index`, and the images that proved unreadable.
@@ -159,10 +165,10 @@ class OnDisk:
         for i in range(index, index + 100):
             i %= len(self)
             try:
-                return _decode(self.path(i)), unreadable
+                return self.decode(i), unreadable
             except Exception:  # decoders have many words for a broken file
                 unreadable.append(i)
-        raise DataError(f"{self.path(index)!r} and the 99 files after it can't be read as images")
+        raise DataError(f"{self.path(index)!r} and 99 files after it can't be read as images")
 
     def note_broken(self, unreadable: list[int]) -> None:
         """Names each unreadable file once, on stderr. DataError: above 1 % and above one."""
@@ -180,7 +186,7 @@ Images = InMemory | OnDisk
 
 
 def _decode(path: str) -> Tensor:
-    """(3, H, W) uint8; whatever it raises says that the file is no image."""
+    """(3, H, W) uint8 of an image file."""
     if path.lower().endswith(".png"):
         return _decode_by_pillow(path)  # torchvision's decoder ends the process at a damaged PNG
     try:
@@ -543,7 +549,7 @@ class Batches(torch.utils.data.Dataset):
             if signal.getsignal(signal.SIGCHLD) is not handler:
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
-        except (RuntimeError, OSError, EOFError, DataError) as error:
+        except Exception as error:
             # A worker's error comes with its traceback, whose last line is what went wrong.
             text = str(error).strip() or repr(error)
             line = text.splitlines()[-1].removeprefix("common.DataError: ")
@@ -584,8 +590,8 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # Decoders give colours innermost (channels_last), where interpolate is faster. It goes by all
-    # four strides, so the axis of the batch has to be added while the colours are last.
+    # Decoders give colours innermost (channels_last), where interpolate is faster. It recognises
+    # that by all four strides, so the axis of the batch is added while the colours are last.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -598,8 +604,7 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
 Sides = int | np.ndarray  # in pixels: of all images, or of each (n,)
 
 # What is random about a view: uniform numbers in [0, 1). Each is drawn for all samples before the
-# next one is, so that a number appended at the end leaves the others what they are. "order" picks
-# one of _ORDERS.
+# next one is, so that a number appended at the end leaves the others what they are.
 #
 # To add an operation: a field in Augment, a name at the end of _SINGLE, a line in `apply`.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
@@ -607,10 +612,12 @@ NUMBERS = np.dtype(
     [
         ("area", float, 10),  # a crop has ten tries, as in torchvision
         ("ratio", float, 10),
-        ("factors", float, 4),  # of the operations of _JITTER
+        ("factors", float, 4),  # of brightness, contrast, saturation, hue
         *((name, float) for name in _SINGLE),
     ]
 )
+_ORDERS = np.array(list(permutations(range(4))))  # of the same four; "order" picks one
+_NOTHING = 4  # stands in an order for none of them
 
 
 @dataclass(frozen=True)
@@ -673,6 +680,7 @@ class Augment:
             if not cropped:
                 x = _crop(x, boxes[part], self.size)
             x, rows = _jitter(x.mul_(1 / 255), rows, order, factors)
+            # The jitter has sorted the samples: from here on x[k] is sample rows[k].
             x = _change(_grayscale, u["gray"][rows] < self.gray, x)
             x = _change(blur, u["blur"][rows] < self.blur, x, _select(sigma, rows))
             x = _change(_solarize, u["solarize"][rows] < self.solarize, x)
@@ -707,7 +715,8 @@ class Augment:
         """Random crops (n, 4) as top, left, height, width in pixels, and whether to flip them (n,).
 
         height, width: the images'. As in torchvision, the first of ten tries that fits, or else the
-        centre, with a ratio as near to the wanted as possible.
+        centre of the image: all of its height if it is too wide for `ratio`, all of its width if it
+        is too tall, all of it if neither.
         """
         height, width = np.atleast_1d(height, width)
         low, high = np.log(self.ratio)
@@ -743,7 +752,7 @@ class Augment:
     def _parameters(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The jitter's order (n, 4) and factors (n, 4, 1, 1, 1), the blur's sigma in pixels (n,).
 
-        An order holds places in _JITTER; without jitter only _NOTHING.
+        Without jitter an order holds only _NOTHING.
         """
         which = (u["order"] * len(_ORDERS)).astype(int)
         jittered = u["jitter"] < self.jitter
@@ -800,8 +809,8 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size:
 
     start, length, flip: (n, 1, 1). Bilinear with antialiasing, as torchvision. Measured from start,
     the centre of pixel j is j + 1/2 - start, that of output o is (o + 1/2) length / size, mirrored
-    if flipped. Weights fall with the distance, to 0 at 1 / slope = max(1, length / size), and have
-    sum 1.
+    if flipped. Weights fall linearly with the distance of the two, to 0 at a distance of 1 pixel,
+    or of length / size pixels where the crop shrinks, and have sum 1.
     """
     j = torch.arange(side, device=start.device) + 0.5 - start
     inner = (j > 0) & (j < length)
@@ -823,13 +832,14 @@ def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> 
     are.
     """
     factors = _select(factors, rows)
-    for turn in range(len(_JITTER)):
+    operations = (_brightness, _contrast, _saturation, _hue)
+    for turn in range(len(operations)):
         moved = np.argsort(order[rows, turn], kind="stable")
         x = _select(x, moved)
         factors = _select(factors, moved)
         rows = rows[moved]
-        bounds = np.searchsorted(order[rows, turn], range(len(_JITTER) + 1))
-        for number, operation in enumerate(_JITTER):
+        bounds = np.searchsorted(order[rows, turn], range(len(operations) + 1))
+        for number, operation in enumerate(operations):
             start, end = bounds[number], bounds[number + 1]
             if start < end:
                 operation(x[start:end], factors[start:end, number])
@@ -853,25 +863,15 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
-    """To HSV, turn by f, and back, without case distinctions.
-
-    With m <= M the extremes of a pixel, d = M - m and p = 1/6 + (g + b - r - m) / 6d, the hue is
-        r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
-        g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
-        b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
-    in turns: copysign(p, g - b) in all cases. Back, g is M where the hue is up to 1/6 from 1/3, m
-    from 1/3 on, and linear between: M + d - 6d c, c the distance clamped to [1/6, 1/3]; b the same
-    about 2/3. Distances above 1/3 are clamped, so the circle need not be closed. r, whose own hue
-    is where it is open, has the distance from the opposite 1/2: m - d + 6d c.
-    """
+    """To HSV, turn by f, and back, without case distinctions. Derivation: see below."""
     red, green, blue = x.split(1, 1)
-    high = torch.maximum(red, green).clamp_(min=blue)
-    low = torch.minimum(red, green).clamp_(max=blue)
+    high = torch.maximum(red, green).clamp_(min=blue)  # M
+    low = torch.minimum(red, green).clamp_(max=blue)  # m
     six_d = (high - low).mul_(6)
-    hue = (green + blue).sub_(red).sub_(low).div_(six_d.clamp(min=1e-12)).add_(1 / 6)
-    hue = hue.copysign_(green - blue).add_(f + 1).frac_()
-    low.sub_(six_d, alpha=1 / 6)
-    high.add_(six_d, alpha=1 / 6)
+    hue = (green + blue).sub_(red).sub_(low).div_(six_d.clamp(min=1e-12)).add_(1 / 6)  # p
+    hue = hue.copysign_(green - blue).add_(f + 1).frac_()  # turned, in [0, 1)
+    low.sub_(six_d, alpha=1 / 6)  # m - d
+    high.add_(six_d, alpha=1 / 6)  # M + d
     torch.addcmul(low, six_d, _distance(hue, 1 / 2), out=red)
     torch.addcmul(high, six_d, _distance(hue, 1 / 3), value=-1, out=green)
     torch.addcmul(high, six_d, _distance(hue, 2 / 3), value=-1, out=blue)
@@ -881,9 +881,15 @@ def _distance(hue: Tensor, centre: float) -> Tensor:
     return (hue - centre).abs_().clamp_(1 / 6, 1 / 3)
 
 
-_JITTER = (_brightness, _contrast, _saturation, _hue)
-_NOTHING = len(_JITTER)
-_ORDERS = np.array(list(permutations(range(len(_JITTER)))))
+# With r, g, b a pixel's colours, m <= M the least and the largest of them, d = M - m, and
+# p = 1/6 + (g + b - r - m) / 6d, the hue, in turns of the circle, is by its definition
+#     r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
+#     g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
+#     b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
+# which is copysign(p, g - b) in all cases. Back: g is M where the hue is up to 1/6 from 1/3, m
+# where it is 1/3 or more away, and linear between: M + d - 6d c, c being the distance clamped to
+# [1/6, 1/3]. b: the same about 2/3. r has its hue at 0 and at 1; with the distance from the
+# opposite 1/2 it is m - d + 6d c.
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -922,8 +928,10 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size
     x = F.pad(x, (radius, end, radius, end), mode="reflect")  # (n, 3, w, w), w = s + radius + end
+    # Along the height,
     x = x.unfold(2, reach, block).mT  # (n, 3, blocks, reach, w)
     x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
+    # then along the width.
     x = x.flatten(2, 3).unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
     x = x.flatten(1, 3) @ band.mT  # (n, 3 * blocks * block * blocks, block)
     return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
@@ -938,9 +946,10 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # ---------------------------------------------------------------------------------------- losses
 #
 # Under several ranks each loss is given this rank's rows and gathers the others' where its formula
-# needs them (info_nce and byol_loss need none). It returns this rank's share: the mean of the
-# shares is the loss of the whole batch, and gradients averaged by DistributedDataParallel are those
-# of one process that is given the whole batch. All ranks must pass the same number of rows.
+# needs them (info_nce and byol_loss need none). It returns this rank's share (barlow_twins: all, on
+# each rank): the mean of the shares is the loss of the whole batch, and gradients averaged by
+# DistributedDataParallel are those of one process that is given the whole batch. All ranks must
+# pass the same number of rows.
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state.
 
@@ -981,13 +990,14 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-SMALL = 0.025  # temperatures below: sums of e^(1 / temperature) would not fit float32
+# Above this temperature e^(1 / temperature) is below e^40: float32, up to e^88, has room for sums.
+SMALL = 0.025
 
 
 def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
     """z scaled so that products of its vectors along `dim` are cosines / temperature.
 
-    In float64 for a SMALL temperature. eps guards vectors of zero.
+    In float64 for a temperature below SMALL. eps guards vectors of zero.
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be greater than 0, got {temperature}")
@@ -1004,9 +1014,9 @@ class _PairSums(torch.autograd.Function):
     columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
     dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
 
-    A rank asks only for S of its pairs, first ... last - 1, because the other ranks take theirs;
-    elsewhere S is incomplete, must not be used, and so has g = 0. A block without any of these
-    rows or columns is skipped: it adds to no S that is used, and in backward has g_i + g_j = 0.
+    A rank asks only for S of its pairs, first ... last - 1, because the other ranks take theirs. A
+    block without any of these rows or columns is skipped. So S is incomplete elsewhere: the caller
+    drops it there, where thus g = 0, and in backward such a block would have g_i + g_j = 0.
     """
 
     @staticmethod
@@ -1060,7 +1070,7 @@ def _block(x: Tensor, size: int, i: int, j: int) -> Tensor:
     columns = x[j * size : (j + 1) * size]
     e = (rows @ columns.T).exp_()
     half = len(x) // 2
-    for distance in (-half, 0, half):  # the diagonals that do not cross this block are empty
+    for distance in (-half, 0, half):  # column - row in E; where it does not cross, it is empty
         e.diagonal((i - j) * size + distance).zero_()
     return e
 

@@ -355,11 +355,14 @@ def test_one_unreadable_file_of_few_is_no_error(tmp_path):
 
 
 def test_a_store_of_ones_own(mixed):
-    """A subclass of OnDisk with its own `read` keeps what it has through `take`."""
+    """A subclass of OnDisk with its own `decode` keeps what it has through `take`.
+
+    Its errors, of whatever kind, mean an unreadable image, in whose place the next one is given.
+    """
 
     class Store(OnDisk):
-        def read(self, index):
-            return self.pixels[int(self.files[index])], []
+        def decode(self, index):
+            return self.pixels[{b"0": 0, b"1": 1, b"2": 2}[self.files[index]]]
 
     store = Store("", np.array([b"2", b"0", b"1"]), np.arange(3))
     store.pixels = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 20, 20)
@@ -369,6 +372,8 @@ def test_a_store_of_ones_own(mixed):
     plain = Augment(size=16, mean=(0, 0, 0), std=(1 / 255,) * 3)
     ((rows, (views,)),) = Batches(taken, [plain], 2).stream([0], torch.device("cpu"))
     assert views.mean((1, 2, 3)).round().tolist() == [2, 1]
+    store.files[0] = b"x"
+    assert store.read(0)[0].unique().tolist() == [0] and store.read(0)[1] == [0]
 
 
 def test_pictures_of_unreadable_files(tmp_path):
@@ -525,17 +530,20 @@ def test_a_worker_that_is_killed(mixed, when):
     wait_for_the_end(workers[-2:])
 
 
+@pytest.mark.parametrize("kind", [DataError, KeyError])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_a_worker_is_one_line(mixed, workers, monkeypatch):
+def test_an_error_in_a_worker_is_one_line(mixed, workers, kind, monkeypatch):
     def missing(self, index):
-        raise DataError(f"image {index} is not there")
+        raise kind(f"image {index} is not there")
 
     monkeypatch.setattr(OnDisk, "read", missing)
     files = np.array([b"a.jpg"] * 8)
     stream = Batches(OnDisk(mixed, files), [SMALL], 8).stream([0], torch.device("cpu"), workers)
     with pytest.raises(DataError) as error:
         next(stream)
-    assert str(error.value) == "image 0 is not there"
+    if kind is DataError:
+        assert str(error.value) == "image 0 is not there"
+    assert "image 0 is not there" in str(error.value) and "\n" not in str(error.value)
 
 
 @LINUX
