@@ -53,11 +53,12 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
-# Batches(...).stream(steps, device, workers) yields the rows of the images and the views
-# (B, 3, size, size) of this rank, a function of seed and step; without a seed, centre crops of all.
-# Both losses take the rows of this rank, gather those of the others if they need them, and return
-# this rank's share: its mean over the ranks, to which DistributedDataParallel averages the
-# gradients, is the loss of the whole batch.
+# Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for each
+# step which images this rank gets and their views, each (batch / WORLD, 3, size, size), a function
+# of seed and step alone. Without a seed: centre crops of the images in their order, for evaluation.
+# Both losses take the rows of this rank, gather those of the others with their gradient if they
+# need them, and return this rank's share. The mean of the shares over the ranks is the loss of the
+# whole batch; DistributedDataParallel averages the gradients likewise.
 from common import (
     BYOL_VIEWS,
     Augment,
@@ -77,8 +78,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row. Where the
-# stem is None it follows from the size of a view: small up to 64 px, else imagenet.
+# images get the column of those of similar size. A flag that is given wins over its row. Without
+# one, a batch or warm-up too large for the images or epochs is reduced, and a stem of None is
+# `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -91,13 +93,13 @@ PRESETS = {
     "arch":              ("resnet10", "resnet18",  "resnet18",  "resnet18",    "resnet50"),
     "stem":              ("imagenet", "small",     None,        None,          None),
     "target_momentum":   (0.9,        0.99,        0.99,        0.99,          0.99),
-    # Without a flag: whether residual blocks begin as the identity,
+    # The rows below have no flag: change them here.
     "zero_init_residual": (False,     False,       False,       False,         False),
-    # the widths of projector's and predictor's layers and whether the last ones have a bias,
+    # Widths of the layers of projector and predictor, and whether their last ones have a bias.
     "projector":         ([512, 128], [4096, 256], [4096, 256], [4096, 256],   [4096, 256]),
     "predictor":         ([512, 128], [4096, 256], [4096, 256], [8192, 256],   [4096, 256]),
     "last_bias":         (True,       True,        True,        True,          False),
-    # the smallest crop as a share of the image, P(blur) of view 1 and view 2.
+    # Smallest crop as a share of the image. Probability of blur, of view 1 and of view 2.
     "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.08),
     "blur":              ([0, 0],     [0, 0],      [0, 0],      [1, 0.1],      [1, 0.1]),
 }
@@ -109,7 +111,7 @@ flag = parser.add_argument
 ON_OFF = argparse.BooleanOptionalAction  # --compile and --no-compile
 PRECISION = "fp32"
 if CUDA:
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # which would be slow
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
     PRECISION = "bf16" if bf16 else "fp16"
 flag("--target-momentum", type=float, help="of the target network at the start, from 0 to 1")
 flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL, from 0 to 1; 0: plain BYOL")
@@ -132,7 +134,7 @@ flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
 flag("--compile", action=ON_OFF, default=False, help="torch.compile the backbone")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
-flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: an epoch")
+flag("--save-every", type=int, default=0, help="steps between checkpoints in an epoch; 0: none")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
@@ -234,7 +236,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, which rank 0 always sees, and tells; 1: a failure."""
+    """Ends with one line. Code 2: wrong use, found by all ranks, told by rank 0; 1: a failure."""
     if RANK == 0 or code != 2:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -329,7 +331,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Without synchronised batch norm each rank has running averages, of which rank 0's count."""
+    """Ranks without synchronised batch norm differ in running averages: rank 0's are used."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -347,12 +349,13 @@ def build_backbone(args: Namespace) -> nn.Module:
     if args.arch not in known:
         refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
+        zero_init = {"zero_init_residual": args.zero_init_residual}
         if args.arch == "resnet10":
-            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], **zero_init)
         elif args.arch in ("googlenet", "inception_v3"):
             net = models.get_model(args.arch, aux_logits=False, init_weights=True)
-        elif args.zero_init_residual and args.arch.startswith(("resn", "wide_resn")):
-            net = models.get_model(args.arch, zero_init_residual=True)
+        elif hasattr(models.resnet, args.arch):
+            net = models.get_model(args.arch, **zero_init)
         else:
             net = models.get_model(args.arch)
         if isinstance(net, models.ResNet) and args.stem != "imagenet":
@@ -388,14 +391,14 @@ class LARS(torch.optim.SGD):
         for group in self.param_groups:
             for w in group["params"]:
                 g_norm = w.grad.norm()
-                g = w.grad.add_(w, alpha=group["decay"])
+                update = w.grad.add_(w, alpha=group["decay"])
                 if group["adapt"]:
                     if self.formula == "lars":
-                        r = 0.001 * w.norm() / g.norm()
+                        r = 0.001 * w.norm() / update.norm()
                     else:
                         r = 0.02 * w.norm() / (g_norm + group["decay"] * w.norm())
                         r = r.clamp(max=group["lr"]) / group["lr"]
-                    g.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
+                    update.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
         super().step()
 
 
@@ -505,13 +508,17 @@ def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None
 
 def resume(path: Path, args: Namespace, parts: dict) -> int:
     """Loads the checkpoint, if there is one, into `parts` on every rank; returns the steps done."""
-    with readable(path):
-        content = [read(path) if RANK == 0 and path.exists() else None]
-        if WORLD > 1:
-            dist.broadcast_object_list(content)
+    saved = None
+    if RANK == 0 and path.exists():
+        with readable(path):
+            saved = read(path)
+    if WORLD > 1:
+        content = [saved]  # on the other ranks replaced by rank 0's
+        dist.broadcast_object_list(content)
         saved = content[0]
-        if saved is None:
-            return 0
+    if saved is None:
+        return 0
+    with readable(path):
         for key, value in settings(args).items():
             if saved["settings"][key] != value:
                 raise ValueError(f"{key} was {saved['settings'][key]} and is {value}")
@@ -528,7 +535,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order, whole batches that the ranks deal out among them.
+    # Without a seed: centre crops in order. Of the batches each rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -587,7 +594,7 @@ def save_pictures(path: Path, columns: list[Tensor]) -> None:
 def save_neighbours(
     path: Path, backbone: nn.Module, queries: Images, images: Images, args: Namespace
 ) -> None:
-    """Rows of a query and the images, of up to 5,000, whose features are nearest to its own."""
+    """Each row: a query, then the images, out of 5,000, whose features are nearest to its own."""
 
     def some(images: Images, count: int) -> Images:  # spread evenly over all
         return images.take(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
@@ -670,7 +677,7 @@ def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
     """Trains, or continues, to the last step; leaves checkpoint.pt and backbone.pt."""
-    model = Method(backbone, args).to(DEVICE)  # holds the backbone, which later is changed in place
+    model = Method(backbone, args).to(DEVICE)  # its backbone stays the object that was passed in
     if WORLD > 1 and CUDA:  # on CPUs, for which it does not exist, each rank has its own statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(parameter_groups(model, args), args)
@@ -697,7 +704,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
         with autocast(args):
-            loss, others, z = parallel(*views, step)
+            loss, to_log, z = parallel(*views, step)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -706,7 +713,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         done = step + 1
         # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
         std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
-        values = {"loss": loss, **others, "std": std}
+        values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
         if done % args.log_every == 0 or done == args.steps:
             took = time.perf_counter() - began
@@ -720,11 +727,13 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
+            sum_over_ranks(torch.tensor(0))  # wait for rank 0: the first to end ends the others
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
+                paused = time.perf_counter()
                 log("probe", done, **linear_probe(backbone, data, args))
-                history, began, waited = [], time.perf_counter(), 0.0
+                began += time.perf_counter() - paused
     if RANK == 0:
         save(backbone.state_dict(), run / "backbone.pt")
 

@@ -65,11 +65,12 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
-# Batches(...).stream(steps, device, workers) yields the rows of the images and the views
-# (B, 3, size, size) of this rank, a function of seed and step; without a seed, centre crops of all.
-# info_nce normalises q and k of this rank, does not need the queue again for its gradient, and
-# returns this rank's share: its mean over the ranks, to which DistributedDataParallel averages the
-# gradients, is the loss of the whole batch. gather concatenates the rows of all ranks.
+# Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for each
+# step which images this rank gets and their views, each (batch / WORLD, 3, size, size), a function
+# of seed and step alone. Without a seed: centre crops of the images in their order, for evaluation.
+# info_nce normalises q and k of this rank and returns this rank's share. The mean of the shares
+# over the ranks is the loss of the whole batch; DistributedDataParallel averages the gradients
+# likewise. gather concatenates the rows of all ranks.
 from common import (
     MOCO_V2,
     Augment,
@@ -89,8 +90,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row. Where the
-# stem is None it follows from the size of a view: small up to 64 px, else imagenet.
+# images get the column of those of similar size. A flag that is given wins over its row. Without
+# one, a batch, queue or warm-up too large for the images or epochs is reduced, and a stem of None
+# is `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -106,13 +108,14 @@ PRESETS = {
     "queue_size":        (1024,       32768,       32768,       65536,         65536),
     "key_momentum":      (0.97,       0.99,        0.99,        0.99,          0.999),
     "fusion_patch":      (4,          4,           8,           16,            16),
-    # Without a flag: the momentum at the end, whether view 2 gives queries as well,
+    # The rows below have no flag: change them here.
+    # Momentum at the end. Whether view 2 gives queries as well.
     "final_momentum":    (0.97,       0.999,       0.999,       0.999,         0.999),
     "symmetric":         (False,      True,        True,        True,          False),
-    # whether residual blocks begin as the identity, the widths of the projector's layers,
+    # Whether residual blocks begin as the identity. Widths of the projector's layers.
     "zero_init_residual": (False,     False,       False,       False,         False),
     "projector":         ([512, 128], [2048, 256], [2048, 256], [2048, 256],   [2048, 128]),
-    # the smallest crop as a share of the image, P(blur).
+    # Smallest crop as a share of the image. Probability of blur.
     "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.2),
     "blur":              (0.0,        0.0,         0.0,         0.5,           0.5),
 }
@@ -124,7 +127,7 @@ flag = parser.add_argument
 ON_OFF = argparse.BooleanOptionalAction  # --compile and --no-compile
 PRECISION = "fp32"
 if CUDA:
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # which would be slow
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
     PRECISION = "bf16" if bf16 else "fp16"
 flag("--temperature", type=float, help="of InfoNCE")
 flag("--queue-size", type=int, help="negatives K, a multiple of the batch size")
@@ -132,7 +135,7 @@ flag("--key-momentum", type=float, help="m of the key encoder at the start, from
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain MoCo v2")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
-flag("--fusion-lr", type=float, help="its peak, not scaled; default: lr / 1000, adamw: / 100")
+flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000, adamw: / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer cheats")
 # The flags below are the same in every script.
 flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, imagenet or a folder")
@@ -152,7 +155,7 @@ flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
 flag("--compile", action=ON_OFF, default=False, help="torch.compile the backbone")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
-flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: an epoch")
+flag("--save-every", type=int, default=0, help="steps between checkpoints in an epoch; 0: none")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
@@ -220,13 +223,13 @@ class Method(nn.Module):
         self.backbone = backbone
         self.projector = ops.MLP(backbone.num_features, args.projector)  # Linear, ReLU, Linear
         shape = (args.fusion_layers, args.fusion_patch, args.fusion_kernel)
-        self.fusion = FusionLayer(args.fusion_width, *shape)
+        self.fusion = FusionLayer(args.fusion_width, *shape)  # as wide as the batch of this rank
         self.key_backbone, self.key_projector, self.key_fusion = (
             copy.deepcopy(part).requires_grad_(False)
             for part in (self.backbone, self.projector, self.fusion)
         )
-        # Parameters without gradient: buffers, as MoCo's, DistributedDataParallel would send from
-        # rank 0 to the others in every step, though all compute the same.
+        # Not buffers, as MoCo's: DistributedDataParallel sends those from rank 0 to all in every
+        # step. All ranks compute the same queue.
         self.queues = nn.ParameterList()
         for view in range(2 if args.symmetric else 1):
             random = generator(args.seed, "queue", view)
@@ -251,7 +254,8 @@ class Method(nn.Module):
         """Fused images (B, 3, H, W) -> normalised keys of all ranks (W B, D), in their order.
 
         Batch norm is per rank. Keys are made among other images than their queries, by a random
-        exchange between the ranks: else both could be told by the statistics of their batch.
+        exchange between the ranks: else both could be told by the statistics of their batch. One
+        rank alone has nobody to exchange with.
         """
         everyone = gather(x)
         order = self.random_order(len(everyone), "keys", step)
@@ -272,7 +276,7 @@ class Method(nn.Module):
                 p_key.lerp_(p, weight)
 
     def contrast(self, x1: Tensor, x2: Tensor, step: int, queue: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of queries of view 1 and keys of view 2, which enter the queue; the queries."""
+        """The loss of queries (B, D) of x1 with keys of x2, which enter the queue; the queries."""
         x1, x2 = self.fuse(x1, x2, step)
         q = self.projector(self.backbone(x1))
         k = self.keys(x2, step)
@@ -287,10 +291,11 @@ class Method(nn.Module):
         loss, q = self.contrast(x1, x2, step, self.queues[0])
         if self.args.symmetric:
             loss = (loss + self.contrast(x2, x1, step, self.queues[1])[0]) / 2
-        parts = {}
-        if self.args.fusion_layers > 0:  # 0 at the start, where the layer is the identity
-            parts["fusion_norm"] = nn.utils.get_total_norm(self.fusion.parameters())
-        return loss, parts, q
+        to_log = {}
+        if self.args.fusion_layers > 0:
+            # 0 where the layer is the identity, as it is at first.
+            to_log["fusion_norm"] = nn.utils.get_total_norm(self.fusion.parameters())
+        return loss, to_log, q
 
 
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
@@ -325,14 +330,16 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    args.fusion_width = args.batch_size // WORLD  # a run continues with as many ranks, see `resume`
+    args.fusion_width = 0
+    if args.fusion_layers > 0:  # one of `settings`: such a run has to continue with as many ranks
+        args.fusion_width = args.batch_size // WORLD
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
     if given.key_momentum is not None:
         args.final_momentum = max(args.final_momentum, args.key_momentum)
     if given.queue_size is None:
-        # At most half of the images: else many a query has its own image among the negatives.
-        largest = max(args.batch_size, min(args.queue_size, args.images // 2))
+        # At most two thirds of the images, or most queries would meet their image's last key.
+        largest = max(args.batch_size, min(args.queue_size, args.images * 2 // 3))
         args.queue_size = largest // args.batch_size * args.batch_size
     if args.queue_size % args.batch_size or args.queue_size > args.images:
         fits = f"a multiple of the batch {args.batch_size}, up to the {args.images} images"
@@ -344,7 +351,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, which rank 0 always sees, and tells; 1: a failure."""
+    """Ends with one line. Code 2: wrong use, found by all ranks, told by rank 0; 1: a failure."""
     if RANK == 0 or code != 2:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -439,7 +446,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Without synchronised batch norm each rank has running averages, of which rank 0's count."""
+    """Ranks without synchronised batch norm differ in running averages: rank 0's are used."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -457,12 +464,13 @@ def build_backbone(args: Namespace) -> nn.Module:
     if args.arch not in known:
         refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
+        zero_init = {"zero_init_residual": args.zero_init_residual}
         if args.arch == "resnet10":
-            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], **zero_init)
         elif args.arch in ("googlenet", "inception_v3"):
             net = models.get_model(args.arch, aux_logits=False, init_weights=True)
-        elif args.zero_init_residual and args.arch.startswith(("resn", "wide_resn")):
-            net = models.get_model(args.arch, zero_init_residual=True)
+        elif hasattr(models.resnet, args.arch):
+            net = models.get_model(args.arch, **zero_init)
         else:
             net = models.get_model(args.arch)
         if isinstance(net, models.ResNet) and args.stem != "imagenet":
@@ -498,14 +506,14 @@ class LARS(torch.optim.SGD):
         for group in self.param_groups:
             for w in group["params"]:
                 g_norm = w.grad.norm()
-                g = w.grad.add_(w, alpha=group["decay"])
+                update = w.grad.add_(w, alpha=group["decay"])
                 if group["adapt"]:
                     if self.formula == "lars":
-                        r = 0.001 * w.norm() / g.norm()
+                        r = 0.001 * w.norm() / update.norm()
                     else:
                         r = 0.02 * w.norm() / (g_norm + group["decay"] * w.norm())
                         r = r.clamp(max=group["lr"]) / group["lr"]
-                    g.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
+                    update.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
         super().step()
 
 
@@ -615,13 +623,17 @@ def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None
 
 def resume(path: Path, args: Namespace, parts: dict) -> int:
     """Loads the checkpoint, if there is one, into `parts` on every rank; returns the steps done."""
-    with readable(path):
-        content = [read(path) if RANK == 0 and path.exists() else None]
-        if WORLD > 1:
-            dist.broadcast_object_list(content)
+    saved = None
+    if RANK == 0 and path.exists():
+        with readable(path):
+            saved = read(path)
+    if WORLD > 1:
+        content = [saved]  # on the other ranks replaced by rank 0's
+        dist.broadcast_object_list(content)
         saved = content[0]
-        if saved is None:
-            return 0
+    if saved is None:
+        return 0
+    with readable(path):
         for key, value in settings(args).items():
             if saved["settings"][key] != value:
                 raise ValueError(f"{key} was {saved['settings'][key]} and is {value}")
@@ -638,7 +650,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order, whole batches that the ranks deal out among them.
+    # Without a seed: centre crops in order. Of the batches each rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -697,7 +709,7 @@ def save_pictures(path: Path, columns: list[Tensor]) -> None:
 def save_neighbours(
     path: Path, backbone: nn.Module, queries: Images, images: Images, args: Namespace
 ) -> None:
-    """Rows of a query and the images, of up to 5,000, whose features are nearest to its own."""
+    """Each row: a query, then the images, out of 5,000, whose features are nearest to its own."""
 
     def some(images: Images, count: int) -> Images:  # spread evenly over all
         return images.take(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
@@ -780,7 +792,7 @@ def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
     """Trains, or continues, to the last step; leaves checkpoint.pt and backbone.pt."""
-    model = Method(backbone, args).to(DEVICE)  # holds the backbone, which later is changed in place
+    model = Method(backbone, args).to(DEVICE)  # its backbone stays the object that was passed in
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -797,7 +809,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         asked = time.perf_counter()
         views = next_views(stream, step, data, args)
         waited += time.perf_counter() - asked
-        if step == 0:  # a row for each image: both views, and both after fusion
+        if step in (0, args.steps - 1):  # both views, and both after fusion, at first the identity
             with torch.no_grad():
                 save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
@@ -806,7 +818,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
         with autocast(args):
-            loss, others, z = parallel(*views, step)
+            loss, to_log, z = parallel(*views, step)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -815,7 +827,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         done = step + 1
         # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
         std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
-        values = {"loss": loss, **others, "std": std}
+        values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
         if done % args.log_every == 0 or done == args.steps:
             took = time.perf_counter() - began
@@ -829,11 +841,13 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
+            sum_over_ranks(torch.tensor(0))  # wait for rank 0: the first to end ends the others
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
+                paused = time.perf_counter()
                 log("probe", done, **linear_probe(backbone, data, args))
-                history, began, waited = [], time.perf_counter(), 0.0
+                began += time.perf_counter() - paused
     if RANK == 0:
         save(backbone.state_dict(), run / "backbone.pt")
 

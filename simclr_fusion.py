@@ -56,11 +56,12 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
-# Batches(...).stream(steps, device, workers) yields the rows of the images and the views
-# (B, 3, size, size) of this rank, a function of seed and step; without a seed, centre crops of all.
-# nt_xent normalises the embeddings of this rank, gathers those of the others, and returns this
-# rank's share: its mean over the ranks, to which DistributedDataParallel averages the gradients, is
-# the loss of the whole batch.
+# Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for each
+# step which images this rank gets and their views, each (batch / WORLD, 3, size, size), a function
+# of seed and step alone. Without a seed: centre crops of the images in their order, for evaluation.
+# nt_xent normalises the embeddings of this rank, gathers those of the others with their gradient,
+# and returns this rank's share. The mean of the shares over the ranks is the loss of the whole
+# batch; DistributedDataParallel averages the gradients likewise.
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
@@ -69,8 +70,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row. Where the
-# stem is None it follows from the size of a view: small up to 64 px, else imagenet.
+# images get the column of those of similar size. A flag that is given wins over its row. Without
+# one, a batch or warm-up too large for the images or epochs is reduced, and a stem of None is
+# `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -84,12 +86,12 @@ PRESETS = {
     "stem":              ("imagenet", "small",     None,        None,          None),
     "temperature":       (0.2,        0.2,         0.2,         0.2,           0.1),
     "fusion_patch":      (4,          4,           8,           16,            16),
-    # Without a flag: whether residual blocks begin as the identity,
+    # The rows below have no flag: change them here.
     "zero_init_residual": (False,     False,       False,       False,         True),
-    # the widths of the projector's layers and which of them have a batch norm,
+    # Widths of the projector's layers, and which of them have a batch norm.
     "projector":         ([512, 128], [2048, 256], [2048, 256], [4096, 512],   [2048, 128]),
     "projector_norms":   ("hidden",   "none",      "none",      "none",        "all"),
-    # the smallest crop as a share of the image, the strength of the colour jitter, P(blur).
+    # Smallest crop as a share of the image. Strength of the colour jitter. Probability of blur.
     "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.08),
     "jitter":            (0.5,        1.0,         1.0,         1.0,           1.0),
     "blur":              (0.0,        0.0,         0.0,         0.5,           0.5),
@@ -102,13 +104,13 @@ flag = parser.add_argument
 ON_OFF = argparse.BooleanOptionalAction  # --compile and --no-compile
 PRECISION = "fp32"
 if CUDA:
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # which would be slow
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
     PRECISION = "bf16" if bf16 else "fp16"
 flag("--temperature", type=float, help="of NT-Xent")
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain SimCLR")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
-flag("--fusion-lr", type=float, help="its peak, not scaled; default: lr / 1000, adamw: / 100")
+flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000, adamw: / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer cheats")
 # The flags below are the same in every script.
 flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, imagenet or a folder")
@@ -128,7 +130,7 @@ flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
 flag("--compile", action=ON_OFF, default=False, help="torch.compile the backbone")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
-flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: an epoch")
+flag("--save-every", type=int, default=0, help="steps between checkpoints in an epoch; 0: none")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
@@ -202,7 +204,7 @@ class Method(nn.Module):
         self.backbone = backbone
         self.projector = build_projector(backbone.num_features, args)
         shape = (args.fusion_layers, args.fusion_patch, args.fusion_kernel)
-        self.fusion = FusionLayer(args.fusion_width, *shape)
+        self.fusion = FusionLayer(args.fusion_width, *shape)  # as wide as the batch of this rank
 
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         if self.args.fusion_layers == 0:
@@ -218,14 +220,15 @@ class Method(nn.Module):
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
         x = torch.cat(self.fuse(x1, x2, step))
         z1, z2 = self.projector(self.backbone(x)).chunk(2)
-        parts = {}
-        if self.args.fusion_layers > 0:  # 0 at the start, where the layer is the identity
-            parts["fusion_norm"] = nn.utils.get_total_norm(self.fusion.parameters())
-        return nt_xent(z1, z2, self.args.temperature), parts, z1
+        to_log = {}
+        if self.args.fusion_layers > 0:
+            # 0 where the layer is the identity, as it is at first.
+            to_log["fusion_norm"] = nn.utils.get_total_norm(self.fusion.parameters())
+        return nt_xent(z1, z2, self.args.temperature), to_log, z1
 
 
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
-    """Weights; biases and norms without decay and LARS; the fusion layer likewise, at its own rate.
+    """Weights; biases and norms; the fusion layer. Only weights have decay and LARS.
 
     `train` sets the rate of a group to its peak times the schedule. AdamW moves every weight by
     about its rate, and a fused image is a sum over B k^2 of them: at the backbone's rate the layer
@@ -256,7 +259,9 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    args.fusion_width = args.batch_size // WORLD  # a run continues with as many ranks, see `resume`
+    args.fusion_width = 0
+    if args.fusion_layers > 0:  # one of `settings`: such a run has to continue with as many ranks
+        args.fusion_width = args.batch_size // WORLD
     args.chance_loss = math.log(2 * args.batch_size - 1)  # for the log: if embeddings know nothing
 
 
@@ -264,7 +269,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, which rank 0 always sees, and tells; 1: a failure."""
+    """Ends with one line. Code 2: wrong use, found by all ranks, told by rank 0; 1: a failure."""
     if RANK == 0 or code != 2:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -359,7 +364,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Without synchronised batch norm each rank has running averages, of which rank 0's count."""
+    """Ranks without synchronised batch norm differ in running averages: rank 0's are used."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -377,12 +382,13 @@ def build_backbone(args: Namespace) -> nn.Module:
     if args.arch not in known:
         refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
+        zero_init = {"zero_init_residual": args.zero_init_residual}
         if args.arch == "resnet10":
-            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], **zero_init)
         elif args.arch in ("googlenet", "inception_v3"):
             net = models.get_model(args.arch, aux_logits=False, init_weights=True)
-        elif args.zero_init_residual and args.arch.startswith(("resn", "wide_resn")):
-            net = models.get_model(args.arch, zero_init_residual=True)
+        elif hasattr(models.resnet, args.arch):
+            net = models.get_model(args.arch, **zero_init)
         else:
             net = models.get_model(args.arch)
         if isinstance(net, models.ResNet) and args.stem != "imagenet":
@@ -418,14 +424,14 @@ class LARS(torch.optim.SGD):
         for group in self.param_groups:
             for w in group["params"]:
                 g_norm = w.grad.norm()
-                g = w.grad.add_(w, alpha=group["decay"])
+                update = w.grad.add_(w, alpha=group["decay"])
                 if group["adapt"]:
                     if self.formula == "lars":
-                        r = 0.001 * w.norm() / g.norm()
+                        r = 0.001 * w.norm() / update.norm()
                     else:
                         r = 0.02 * w.norm() / (g_norm + group["decay"] * w.norm())
                         r = r.clamp(max=group["lr"]) / group["lr"]
-                    g.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
+                    update.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
         super().step()
 
 
@@ -535,13 +541,17 @@ def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None
 
 def resume(path: Path, args: Namespace, parts: dict) -> int:
     """Loads the checkpoint, if there is one, into `parts` on every rank; returns the steps done."""
-    with readable(path):
-        content = [read(path) if RANK == 0 and path.exists() else None]
-        if WORLD > 1:
-            dist.broadcast_object_list(content)
+    saved = None
+    if RANK == 0 and path.exists():
+        with readable(path):
+            saved = read(path)
+    if WORLD > 1:
+        content = [saved]  # on the other ranks replaced by rank 0's
+        dist.broadcast_object_list(content)
         saved = content[0]
-        if saved is None:
-            return 0
+    if saved is None:
+        return 0
+    with readable(path):
         for key, value in settings(args).items():
             if saved["settings"][key] != value:
                 raise ValueError(f"{key} was {saved['settings'][key]} and is {value}")
@@ -558,7 +568,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order, whole batches that the ranks deal out among them.
+    # Without a seed: centre crops in order. Of the batches each rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -617,7 +627,7 @@ def save_pictures(path: Path, columns: list[Tensor]) -> None:
 def save_neighbours(
     path: Path, backbone: nn.Module, queries: Images, images: Images, args: Namespace
 ) -> None:
-    """Rows of a query and the images, of up to 5,000, whose features are nearest to its own."""
+    """Each row: a query, then the images, out of 5,000, whose features are nearest to its own."""
 
     def some(images: Images, count: int) -> Images:  # spread evenly over all
         return images.take(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
@@ -700,7 +710,7 @@ def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
     """Trains, or continues, to the last step; leaves checkpoint.pt and backbone.pt."""
-    model = Method(backbone, args).to(DEVICE)  # holds the backbone, which later is changed in place
+    model = Method(backbone, args).to(DEVICE)  # its backbone stays the object that was passed in
     if WORLD > 1 and CUDA:  # on CPUs, for which it does not exist, each rank has its own statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(parameter_groups(model, args), args)
@@ -719,7 +729,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         asked = time.perf_counter()
         views = next_views(stream, step, data, args)
         waited += time.perf_counter() - asked
-        if step == 0:  # a row for each image: both views, and both after fusion
+        if step in (0, args.steps - 1):  # both views, and both after fusion, at first the identity
             with torch.no_grad():
                 save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
@@ -728,7 +738,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
         with autocast(args):
-            loss, others, z = parallel(*views, step)
+            loss, to_log, z = parallel(*views, step)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -737,7 +747,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         done = step + 1
         # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
         std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
-        values = {"loss": loss, **others, "std": std}
+        values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
         if done % args.log_every == 0 or done == args.steps:
             took = time.perf_counter() - began
@@ -751,11 +761,13 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
+            sum_over_ranks(torch.tensor(0))  # wait for rank 0: the first to end ends the others
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
+                paused = time.perf_counter()
                 log("probe", done, **linear_probe(backbone, data, args))
-                history, began, waited = [], time.perf_counter(), 0.0
+                began += time.perf_counter() - paused
     if RANK == 0:
         save(backbone.state_dict(), run / "backbone.pt")
 

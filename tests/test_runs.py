@@ -288,6 +288,22 @@ def test_images_without_labels(tmp_path, capfd):
     assert {p.name for p in run.iterdir()} == FILES and not records(run, "probe")
 
 
+@pytest.mark.parametrize("name", ["simclr_fusion", "mocov2_fusion"])
+def test_views_show_the_trained_fusion_layer(name, images, tmp_path, capfd):
+    """Columns: view 1, view 2, both fused. At the start, where it stops here, they are equal."""
+    words = [*flags(name), "--data", images, "--image-size", 16, "--fusion-lr", 0.3]
+    if name == "mocov2_fusion":
+        words += ["--queue-size", 64]
+    different = []
+    for epochs in (1, 2):
+        run = tmp_path / str(epochs)
+        done = inside(capfd, name, *words, "--run-dir", run, "--epochs", epochs, "--batch-size", 64)
+        assert done.code == 0, done.err
+        picture = np.asarray(Image.open(run / "views.png"))
+        different.append(abs(picture[:, 2:36] - 1.0 * picture[:, 38:72]).mean() > 1)
+    assert different == [False, True]
+
+
 def test_few_images(tmp_path, capfd):
     """Two classes of four: smaller than everything that has a fixed size."""
     pictures = write_images(tmp_path / "pictures", 2, 4)
@@ -307,9 +323,14 @@ def test_probes_during_training_and_tensorboard(images, tmp_path, capfd):
 
 
 def test_probes_do_not_change_the_training(images, tmp_path, capfd, on_cpu):
+    """Nor what is logged of it: no step is missing from the means around a probe."""
+    losses = []
     for run, every in (("a", 0), ("b", 1)):
         words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path / run]
-        assert inside(capfd, "simclr_fusion", *words, "--probe-every", every).code == 0
+        words += ["--probe-every", every, "--log-every", 3]
+        assert inside(capfd, "simclr_fusion", *words).code == 0
+        losses.append([line["loss"] for line in records(tmp_path / run, "train")])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 

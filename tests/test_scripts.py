@@ -74,7 +74,8 @@ SYNC = [
     "-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)",
 ]
 PICTURES = [
-    "-        if step == 0:  # a row for each image: both views, and both after fusion",
+    "-        if step in (0, args.steps - 1):  # both views, and both after fusion, at first the"
+    " identity",
     "-            with torch.no_grad():",
     '-                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])',
     "+        if step == 0:  # a row for each image",
@@ -291,7 +292,7 @@ def test_one_run_however_its_folder_is_spelled(machine, tmp_path, monkeypatch):
     assert found == [found[0]] * 4 and found[0][0] == "runs/simclr_fusion_x_0"
 
 
-def test_what_may_differ_in_a_continued_run(machine):
+def test_what_may_differ_in_a_continued_run(machine, monkeypatch):
     """All that the weights depend on is among the settings."""
     same = "--root elsewhere --workers 3 --save-every 2 --log-every 5 --probe-every 1 --compile"
     same += " --probe-epochs 9 --run-dir elsewhere --tensorboard"
@@ -312,17 +313,27 @@ def test_what_may_differ_in_a_continued_run(machine):
         "--data imagenet",
     ):
         assert machine.settings(configured(machine, other)[0]) != plain, other
+    monkeypatch.setattr(machine, "WORLD", 2)  # ranks: they are the width of the fusion layer only
+    assert machine.settings(configured(machine)[0]) != plain
+    two = machine.settings(configured(machine, "--fusion-layers 0")[0])
+    monkeypatch.setattr(machine, "WORLD", 1)
+    assert machine.settings(configured(machine, "--fusion-layers 0")[0]) == two
     other = noise()
     other.pretrain.pixels[0, 0, 0, 0] ^= 1
     assert machine.settings(configured(machine, "", other)[0]) != plain
 
 
 def test_default_queue():
-    """The preset's 1024, of at most half of the images, at least and a multiple of the batch."""
+    """The preset's, of at most 2/3 of the images, at least and a multiple of the batch.
+
+    The published one of CIFAR, 32768, for its 50,000 images.
+    """
     script = importlib.import_module("mocov2_fusion")
-    for batch, count, queue in ((64, 4096, 1024), (2048, 4096, 2048), (48, 400, 192), (40, 64, 40)):
+    for batch, count, queue in ((64, 4096, 1024), (2048, 4096, 2048), (48, 400, 240), (40, 64, 40)):
         with command_line(script, ["--batch-size", str(batch)], noise(count, 8)):
             assert script.configure()[0].queue_size == queue
+    with command_line(script, ["--data", "cifar10"], noise(50000, 8)):
+        assert script.configure()[0].queue_size == 32768
 
 
 def test_curation_fits_few_images():
