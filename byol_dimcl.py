@@ -53,12 +53,14 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
+# load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for each
-# step which images this rank gets and their views, each (batch / WORLD, 3, size, size), a function
-# of seed and step alone. Without a seed: centre crops of the images in their order, for evaluation.
+# step which images this rank gets and their views, each (batch / WORLD, 3, size, size). Without a
+# seed: centre crops of the images in their order, for evaluation. generator(*key) draws random
+# numbers that are a function of the key alone; the strings in a key say what for.
 # Both losses take the rows of this rank, gather those of the others with their gradient if they
 # need them, and return this rank's share. The mean of the shares over the ranks is the loss of the
-# whole batch; DistributedDataParallel averages the gradients likewise.
+# whole batch; DistributedDataParallel averages the gradients likewise, so no factor is needed.
 from common import (
     BYOL_VIEWS,
     Augment,
@@ -78,9 +80,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row. Without
-# one, a batch or warm-up too large for the images or epochs is reduced, and a stem of None is
-# `small` for views of up to 64 px, else `imagenet`.
+# images get the column of those of similar size. A flag that is given wins over its row. Where
+# none is given, a batch or warm-up too large for the images or epochs is reduced, and a stem of
+# None is `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -236,7 +238,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, found by all ranks, told by rank 0; 1: a failure."""
+    """Ends with one line. Code 2: wrong use, found by rank 0 at least, which tells; 1: failure."""
     if RANK == 0 or code != 2:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -282,7 +284,7 @@ def configure() -> tuple[Namespace, Data]:
         if value == "" or (is_number and not least <= value < 2**31):
             refuse(f"--{key.replace('_', '-')} '{value}' is empty or out of range")
     try:
-        data = load_data(given.data, given.root)
+        data = load_data(given.data, given.root)  # if rank 0 has to download, the others wait
     except DataError as error:
         refuse(str(error))
     parser.set_defaults(**choose_preset(given, data.pretrain))
@@ -317,11 +319,11 @@ def join_ranks() -> None:
         if DEVICE.index >= torch.cuda.device_count():
             refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or WORLD > 1:
         try:
-            dist.init_process_group(timeout=timedelta(hours=2))  # rank 0 may have to download
+            dist.init_process_group(timeout=timedelta(hours=2))  # a download may take long
         except ValueError as error:
-            refuse(f"RANK is set, but not by torchrun: {error}")
+            refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -378,7 +380,7 @@ class LARS(torch.optim.SGD):
     lars: r = .001 |w| / |g + wd w|                      the code of BYOL and Barlow Twins
     larc: r = min(.02 |w| / (|g| + wd |w|), lr) / lr     solo-learn
 
-    r = 1 where either norm is 0 and in groups that do not adapt. There are more formulas under
+    r = 1 where w or g is 0 and in groups that do not adapt. There are more formulas under
     these names, and a learning rate belongs to its formula.
     """
 
@@ -390,6 +392,8 @@ class LARS(torch.optim.SGD):
     def step(self) -> None:
         for group in self.param_groups:
             for w in group["params"]:
+                if w.grad is None:  # as SGD does: frozen
+                    continue
                 g_norm = w.grad.norm()
                 update = w.grad.add_(w, alpha=group["decay"])
                 if group["adapt"]:
@@ -568,7 +572,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
     for epoch in range(args.probe_epochs):
-        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
+        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)  # times rates, below
         order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
         for rows in kept[order.to(DEVICE)].split(min(512, len(kept) // 4 + 1)):
             logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
@@ -619,16 +623,20 @@ def evaluate(backbone: nn.Module, data: Data, args: Namespace, log: Log, step: i
     save_neighbours(Path(args.run_dir, "neighbours.png"), backbone, queries, images, args)
 
 
-def log_progress(log: Log, args: Namespace, done: int, history: list[dict], took: float, **more):
-    """Means over the steps of `history` and over the ranks, and the speed."""
+def log_progress(
+    log: Log, args: Namespace, done: int, history: list, lr: float, began: float, waited: float
+) -> None:
+    """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
+        # Curation logs more once it has begun. item() waits for the GPU: then the clock is right.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
+    took = time.perf_counter() - began
     speed = len(history) / took
     values["images_per_s"] = speed * args.batch_size
     values["seconds_left"] = (args.steps - done) / speed
-    log("train", done, **values, **more)
+    log("train", done, **values, lr=lr, data_wait=waited / took)
     if values["std"] < 0.1:
         log("warning", done, text="collapse: nearly the same embedding for all images")
     if not math.isfinite(values["loss"]):
@@ -641,7 +649,7 @@ PARENT = os.getppid()
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # a rank may get the same one from torchrun as well
+    if "RANK" not in os.environ:  # torchrun passes on what its ranks get too: one may come twice
         set_signals(signal.SIG_DFL)  # the next one ends at once
 
 
@@ -716,9 +724,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
         if done % args.log_every == 0 or done == args.steps:
-            took = time.perf_counter() - began
             lr = optimizer.param_groups[0]["lr"]
-            log_progress(log, args, done, history, took, lr=lr, data_wait=waited / took)
+            log_progress(log, args, done, history, lr, began, waited)
             history, began, waited = [], time.perf_counter(), 0.0
         epoch_ends = done % args.epoch_steps == 0
         stop = asked_to_stop()

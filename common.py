@@ -36,7 +36,7 @@ from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
-# torchvision 0.29 announces the end of its decoder at every image. Pillow will do, more slowly.
+# torchvision 0.29 announces the end of its decoder at every image; then Pillow must do.
 warnings.filterwarnings("ignore", message=".*decoding.*deprecated", module="torchvision")
 
 
@@ -69,10 +69,10 @@ def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------------------ data
 #
 # A source of images is an InMemory, or an OnDisk or a subclass of it. For another store (zip, LMDB)
-# subclass OnDisk, write `decode`, and return it from `load_data`, in a branch beside `shapes`;
-# `files` may hold whatever names an image there. `decode` is called in the trainer and then in data
-# workers, which are its forks: open a store's handle once for each os.getpid(). For another file
-# format, add its ending to ENDINGS and what decodes it to `_decode`.
+# subclass OnDisk, write `decode`, and return it from `load_data`, in a branch beside `shapes`. Its
+# `files` hold, as bytes, what names an image there. `decode` is called in the trainer and in data
+# workers: open a store's handle at first use, one for each os.getpid(). For another file format,
+# add its ending to ENDINGS and what decodes it to `_decode`.
 
 
 class DataError(ValueError):
@@ -115,8 +115,8 @@ class InMemory:
 class OnDisk:
     """Image files below `folder`, decoded anew each time they are shown.
 
-    files: (N,) array of dtype S (bytes), paths relative to `folder`. Workers share its memory; that
-    of a list they would copy, by counting references. labels: (N,) int64 or None.
+    files: (N,) array of dtype S (bytes), paths relative to `folder`; no list, whose memory each
+    worker would copy, as it counts references. labels: (N,) int64 or None.
     """
 
     def __init__(self, folder: str | Path, files: np.ndarray, labels: np.ndarray | None = None):
@@ -351,7 +351,7 @@ def _archive(name: str, root: str) -> Data:
             kind(root, download=True)
         except (OSError, RuntimeError) as error:
             reason = str(error) or type(error).__name__
-    failed = torch.tensor(len(reason))
+    failed = torch.tensor(int(reason != ""))
     if world > 1:
         dist.all_reduce(failed)  # on the CPU, for which the trainers' process group has gloo
     if not failed:
@@ -550,7 +550,7 @@ class Batches(torch.utils.data.Dataset):
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
         except Exception as error:
-            # A worker's error comes with its traceback, whose last line is what went wrong.
+            # A worker's error keeps its type; its text is a traceback, the last line what happened.
             text = str(error).strip() or repr(error)
             line = text.splitlines()[-1].removeprefix("common.DataError: ")
             if not isinstance(error, DataError):
@@ -591,7 +591,7 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
     # Decoders give colours innermost (channels_last), where interpolate is faster. It recognises
-    # that by all four strides, so the axis of the batch is added while the colours are last.
+    # that by all four strides: image[None] would not do.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -616,7 +616,7 @@ NUMBERS = np.dtype(
         *((name, float) for name in _SINGLE),
     ]
 )
-_ORDERS = np.array(list(permutations(range(4))))  # of the same four; "order" picks one
+_ORDERS = np.array(list(permutations(range(4))))  # of those four; the number "order" picks one
 _NOTHING = 4  # stands in an order for none of them
 
 
@@ -629,7 +629,7 @@ class Augment:
     order of its own. Each operation is that of torchvision.transforms on float tensors in [0, 1].
     """
 
-    size: int = 224  # pixels a side
+    size: int = 224  # pixels a side; for a blur more than 3.3 sigma
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -667,8 +667,8 @@ class Augment:
         """
         count, device = len(images), images.device
         if not cropped:
-            boxes, flips = self.boxes(u, *images.shape[2:])
-            boxes = _to(np.column_stack([boxes, flips]).astype(np.float32), device)
+            boxes_flips = np.column_stack(self.boxes(u, *images.shape[2:]))  # (B, 5)
+            boxes_flips = _to(boxes_flips.astype(np.float32), device)
         order, factors, sigma = self._parameters(u)
         factors, sigma = _to(factors, device), _to(sigma, device)
         # Beyond 3.3 sigma lies .1 % of a Gaussian; torchvision's with as many taps is the same.
@@ -678,7 +678,7 @@ class Augment:
             rows = np.arange(count)[part]
             x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
             if not cropped:
-                x = _crop(x, boxes[part], self.size)
+                x = _crop(x, boxes_flips[part], self.size)
             x, rows = _jitter(x.mul_(1 / 255), rows, order, factors)
             # The jitter has sorted the samples: from here on x[k] is sample rows[k].
             x = _change(_grayscale, u["gray"][rows] < self.gray, x)
@@ -728,7 +728,7 @@ class Augment:
         fits = (tries_w >= 1) & (tries_w <= width[:, None])
         fits &= (tries_h >= 1) & (tries_h <= height[:, None])
         none = ~fits.any(1)
-        first = np.arange(len(u)), fits.argmax(1)
+        first = np.arange(len(u)), fits.argmax(1)  # indexes (n, 10)
         w = np.where(none, np.clip((height * self.ratio[1]).round(), 1, width), tries_w[first])
         h = np.where(none, np.clip((width / self.ratio[0]).round(), 1, height), tries_h[first])
         top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
@@ -769,7 +769,7 @@ class Augment:
 def _chunks(count: int, size: int, device: torch.device) -> list[slice]:
     """`count` samples in parts: all for a GPU, for a CPU as many as its cache holds.
 
-    Above 64 px that is one sample, which need not be copied to be sorted.
+    Above 64 px that is one sample, which is in order without a copy.
     """
     if device.type != "cpu":
         return [slice(0, count)]
@@ -863,7 +863,11 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
-    """To HSV, turn by f, and back, without case distinctions. Derivation: see below."""
+    """To HSV, turn by f, and back, without case distinctions: derivation below.
+
+    r, g, b: a pixel's colours; m <= M: the least and the largest; d = M - m. The hue, in turns of
+    the circle, is p = 1/6 + (g + b - r - m) / 6d with the sign of g - b.
+    """
     red, green, blue = x.split(1, 1)
     high = torch.maximum(red, green).clamp_(min=blue)  # M
     low = torch.minimum(red, green).clamp_(max=blue)  # m
@@ -881,8 +885,7 @@ def _distance(hue: Tensor, centre: float) -> Tensor:
     return (hue - centre).abs_().clamp_(1 / 6, 1 / 3)
 
 
-# With r, g, b a pixel's colours, m <= M the least and the largest of them, d = M - m, and
-# p = 1/6 + (g + b - r - m) / 6d, the hue, in turns of the circle, is by its definition
+# By its definition the hue is
 #     r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
 #     g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
 #     b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
@@ -920,7 +923,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     taps = torch.arange(radius + 1, device=x.device) / sigma[:, None]  # (n, radius + 1)
     # At least e^-60: products with denormal numbers take twenty times as long.
     taps = (-0.5 * taps**2).clamp_(min=-60).exp_()
-    taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]
+    taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]  # both sides, tap 0 once
     taps = F.pad(taps, (0, 1))  # tap radius + 1 is 0
     j = torch.arange(reach, device=x.device)
     o = torch.arange(block, device=x.device)[:, None] + radius
@@ -946,9 +949,10 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # ---------------------------------------------------------------------------------------- losses
 #
 # Under several ranks each loss is given this rank's rows and gathers the others' where its formula
-# needs them (info_nce and byol_loss need none). It returns this rank's share (barlow_twins: all, on
-# each rank): the mean of the shares is the loss of the whole batch, and gradients averaged by
-# DistributedDataParallel are those of one process that is given the whole batch. All ranks must
+# needs them (info_nce and byol_loss need none). The rule for a new loss: the mean over the ranks of
+# what it returns is the loss of the whole batch, be it made of shares (nt_xent) or of equal copies
+# (barlow_twins). Then gradients averaged by DistributedDataParallel are those of one process that
+# is given the whole batch, as `gather` passes back the sum of all ranks' gradients. All ranks must
 # pass the same number of rows.
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state.
@@ -1014,9 +1018,9 @@ class _PairSums(torch.autograd.Function):
     columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
     dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
 
-    A rank asks only for S of its pairs, first ... last - 1, because the other ranks take theirs. A
-    block without any of these rows or columns is skipped. So S is incomplete elsewhere: the caller
-    drops it there, where thus g = 0, and in backward such a block would have g_i + g_j = 0.
+    S is right for the rows of the pairs first ... last - 1, those of this rank, and not to be used
+    elsewhere: a block without any of these rows or columns is skipped. Unused means g = 0, so in
+    backward the same blocks have g_i + g_j = 0 and may be skipped again.
     """
 
     @staticmethod
@@ -1024,7 +1028,7 @@ class _PairSums(torch.autograd.Function):
         ctx.size = 256 if x.device.type == "cpu" else 4096
         ctx.kept = {}
         ctx.visits = _visits(len(x), ctx.size, first, last)
-        tiny = torch.finfo(x.dtype).tiny  # not 0, whose logarithm is taken if there is but one pair
+        tiny = torch.finfo(x.dtype).tiny  # of one pair alone the sum is empty, and its log is taken
         sums = x.new_full((len(x),), tiny)
         parts = sums.split(ctx.size)
         with torch.autocast(x.device.type, enabled=False):
@@ -1070,7 +1074,7 @@ def _block(x: Tensor, size: int, i: int, j: int) -> Tensor:
     columns = x[j * size : (j + 1) * size]
     e = (rows @ columns.T).exp_()
     half = len(x) // 2
-    for distance in (-half, 0, half):  # column - row in E; where it does not cross, it is empty
+    for distance in (-half, 0, half):  # column - row in E; a diagonal outside of the block is empty
         e.diagonal((i - j) * size + distance).zero_()
     return e
 

@@ -235,8 +235,11 @@ def test_wrong_use_in_a_process_of_its_own(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_that_do_not_come_from_torchrun(images, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+@pytest.mark.parametrize(("variable", "value"), [("RANK", "0"), ("WORLD_SIZE", "2")])
+def test_ranks_that_do_not_come_from_torchrun(
+    variable, value, images, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv(variable, value)
     words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path / "run"]
     refused(inside(capfd, "simclr_fusion", *words), "RANK", "torchrun")
 
@@ -244,10 +247,10 @@ def test_ranks_that_do_not_come_from_torchrun(images, tmp_path, capfd, monkeypat
 def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkeypatch):
     """As one of three ranks: refused before any of the others is needed, and told by rank 0."""
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
     run = tmp_path / "run"
     words = [*flags("simclr_fusion"), "--data", images, "--run-dir", run]
     refused(inside(capfd, "simclr_fusion", *words), "--batch-size 16", "3 ranks")
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
     monkeypatch.setenv("RANK", "1")
     done = inside(capfd, "simclr_fusion", *words)
     assert done.code == 2 and not done.err and not run.exists()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -354,6 +355,15 @@ def two_steps(machine, formula: str, adapt: bool, gradients, w=(3.0, 4.0), decay
         w.grad = torch.tensor(g, dtype=torch.float64, device=machine.DEVICE)
         optimizer.step()
     return w.tolist()
+
+
+def test_lars_leaves_frozen_weights_alone(machine):
+    """Of whoever copies a file and freezes a part of the network."""
+    frozen, w = torch.ones(2, 2), torch.ones(2, 2, requires_grad=True)
+    optimizer = machine.LARS([{"params": [frozen, w], "decay": 0.1, "adapt": True}], "lars")
+    w.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert (frozen == 1).all() and (w < 1).all()
 
 
 def test_lars_by_hand(machine, device):
@@ -1033,7 +1043,8 @@ def test_a_torn_last_line_is_dropped(machine, tmp_path):
         assert events == ["args", "probe"]
 
 
-def test_logged_values_are_means(machine, capsys):
+def test_logged_values_are_means(machine, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: 10.0))
     args, _ = configured(machine)
     seen = []
     history = [{"loss": 1.0, "std": 0.5}, {"loss": 3.0, "std": 0.5, "part": 0.2}]
@@ -1042,17 +1053,17 @@ def test_logged_values_are_means(machine, capsys):
     def log(*event, **values):
         seen.append((*event, values))
 
-    machine.log_progress(log, args, 6, history, 0.5, lr=0.1)
+    machine.log_progress(log, args, 6, history, 0.1, 9.5, 0.25)
     (event, done, values), *rest = seen
     assert (event, done, rest) == ("train", 6, [])
     expected = {"epoch": 1.5, "loss": 2, "std": 0.5, "part": 0.2, "images_per_s": 2 * 16 / 0.5}
-    assert values == pytest.approx(expected | {"seconds_left": 0.5, "lr": 0.1})
+    assert values == pytest.approx(expected | {"seconds_left": 0.5, "lr": 0.1, "data_wait": 0.5})
     history[-1]["std"] = torch.tensor(-0.4)
-    machine.log_progress(log, args, 6, history, 0.5)
+    machine.log_progress(log, args, 6, history, 0.1, 9.5, 0.25)
     assert seen[-1][0] == "warning" and "collapse" in seen[-1][2]["text"]
     history[0]["loss"] = torch.tensor(torch.nan)
     with pytest.raises(SystemExit) as end:
-        machine.log_progress(log, args, 6, history, 0.5)
+        machine.log_progress(log, args, 6, history, 0.1, 9.5, 0.25)
     assert end.value.code == 1 and "not finite" in capsys.readouterr().err
 
 
