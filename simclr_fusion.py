@@ -38,6 +38,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import zipfile
 from argparse import Namespace
@@ -72,9 +73,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row. Where
-# none is given, a batch or warm-up too large for the images or epochs is reduced, and a stem of
-# None is `small` for views of up to 64 px, else `imagenet`.
+# images get the column of those of similar size. A flag that is given wins over its row. A
+# batch or warm-up of the table, but none that is given, is reduced to what the images and the
+# epochs allow. A stem of None is `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -262,7 +263,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
     args.fusion_width = 0
-    if args.fusion_layers > 0:  # one of `settings`: such a run has to continue with as many ranks
+    if args.fusion_layers > 0:  # compared when a run continues: it has to on as many ranks
         args.fusion_width = args.batch_size // WORLD
     args.chance_loss = math.log(2 * args.batch_size - 1)  # for the log: if embeddings know nothing
 
@@ -271,7 +272,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, found by rank 0 at least, which tells; 1: failure."""
+    """Ends with one line. Code 2: wrong use, which rank 0 prints; 1: failure, printed by any."""
     if RANK == 0 or code != 2:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -353,10 +354,15 @@ def join_ranks() -> None:
             refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
+        threading.Thread(target=end_with_torchrun, daemon=True).start()
         try:
-            dist.init_process_group(timeout=timedelta(hours=2))  # a download may take long
+            store, rank, world = next(dist.rendezvous("env://"))
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
+        # After a restart by torchrun the store still holds the addresses of the ranks before.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        patience = timedelta(hours=2)  # rank 0 may have to download
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -398,8 +404,9 @@ def build_backbone(args: Namespace) -> nn.Module:
             net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
-        linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
-        net.set_submodule(linear[-1], nn.Identity())  # the last one is the classifier
+        kinds = (nn.Linear, nn.Conv2d)
+        layers = [path for path, module in net.named_modules() if isinstance(module, kinds)]
+        net.set_submodule(layers[-1], nn.Identity())  # the last one is the classifier
         net.eval()
         net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
@@ -662,7 +669,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # Curation logs more once it has begun. item() waits for the GPU: then the clock is right.
+        # A method may log a value from some step on only. item() waits for the GPU: now the clock.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     took = time.perf_counter() - began
@@ -676,13 +683,22 @@ def log_progress(
         refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", 1)
 
 
-STOP = []  # gets the signal that asks this run to save and end
+# The end of a run. A signal is noted in STOP; after each step the ranks agree on it, save and end
+# (`asked_to_stop`). It may reach the data workers as well, and end them (`next_views`). A rank
+# whose torchrun has been killed gets SIGTERM from a thread of its own.
+STOP = []
 PARENT = os.getppid()
+
+
+def end_with_torchrun() -> None:
+    while os.getppid() == PARENT:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun passes on what its ranks get too: one may come twice
+    if "RANK" not in os.environ:  # under torchrun, which passes signals on, one may come twice
         set_signals(signal.SIG_DFL)  # the next one ends at once
 
 
@@ -693,9 +709,7 @@ def set_signals(handler: object) -> None:
 
 
 def asked_to_stop() -> int:
-    """The signal that any rank has received, or 0; the end of its torchrun counts as SIGHUP."""
-    if "RANK" in os.environ and os.getppid() != PARENT:  # orphaned
-        STOP.append(signal.SIGHUP)
+    """The signal that any rank has received, or 0."""
     number = torch.tensor(STOP[0] if STOP else 0)  # on the CPU, where gloo reduces it
     if WORLD > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -706,10 +720,10 @@ def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list
     try:
         return next(stream)[1]
     except DataError:
-        time.sleep(1)
+        time.sleep(1)  # the workers may have died of a signal that reaches this process later
         if not STOP:
             raise
-        # A signal to all processes has ended the data workers too: this step without them, to save.
+        # One more step, without workers: all ranks are to save after the same one.
         return next(view_stream(range(step, step + 1), data, args, 0))[1]
 
 
@@ -768,7 +782,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
-            sum_over_ranks(torch.tensor(0))  # wait for rank 0: the first to end ends the others
+            sum_over_ranks(torch.tensor(0))  # waits for rank 0: the first to end ends the others
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
@@ -805,10 +819,15 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError, ImportError) as error:
+    except DataError as error:
+        time.sleep(1)
+        if STOP:  # the signal has ended the data workers of a probe; training has saved before
+            sys.exit(128 + STOP[0])
+        refuse(str(error), 1)
+    except (OSError, ImportError) as error:
         refuse(str(error), 1)
     except RuntimeError as error:
-        if "memory" in str(error):
+        if "allocate" in str(error):  # in GPU memory or in main memory
             refuse(f"{error}: lower --batch-size or --image-size", 1)
         if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently
             time.sleep(5)

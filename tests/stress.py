@@ -126,11 +126,12 @@ class Run:
             return
         self.server, start = None, [sys.executable]
         if ranks > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+            start += torchrun or ["--standalone"]
         with open(folder / "out", "wb") as out_file, open(folder / "err", "wb") as err_file:
             files = {"stdin": subprocess.DEVNULL, "stdout": out_file, "stderr": err_file}
             place = {"cwd": folder, "start_new_session": True}
-            self.popen = subprocess.Popen([*start, *torchrun, *self.words], **files, **place)
+            self.popen = subprocess.Popen([*start, *self.words], **files, **place)
         self.pid = self.popen.pid
 
     def wait(self, seconds: float = LIMIT) -> int | None:
@@ -264,7 +265,9 @@ def killed(folder, seed, name, ranks, data, moment, count) -> Iterator[str]:
 def signals(rng: random.Random, count: int) -> Trials:
     trials = [("second SIGTERM", signalled, (rng.random(), signal.SIGTERM, "trainer", "twice"))]
     for number in (signal.SIGKILL, signal.SIGTERM):
-        trials.append((f"{number.name}, --max-restarts=2", restarted, (number,)))
+        for more in ((), ("--standalone",)):
+            title = " ".join([number.name, "--max-restarts=2", *more])
+            trials.append((title, restarted, (number, *more)))
     single = []
     for target in ("trainer", "all", "all of two ranks", "one rank", "torchrun", "worker"):
         for moment in ("start-up", "loading", "step", "save", "probe", "last probe"):
@@ -308,16 +311,18 @@ def signalled(folder, seed, number, target, moment) -> Iterator[str]:
     elif run.code not in right:
         seen = "" if over and run.code == 0 else "another exit code was due"
     elif target != "worker" and moment not in ("start-up", "last probe") and not over and not twice:
-        seen = "" if '"stopped"' in run.text("run/metrics.jsonl") else "stopped without a save"
+        # In a probe within the training the checkpoint of that epoch is there already.
+        saved = '"stopped"' in run.text("run/metrics.jsonl") or moment == "probe"
+        seen = "" if saved else "stopped without a save"
     if ranks == 1 and moment != "start-up" and "Traceback" in run.text("err"):
         seen = seen or "traceback"
     yield seen and run.told(seen)
     yield Run(folder, name, flags(name, data), ranks).ends(0, weights=weights)
 
 
-def restarted(folder, number) -> Iterator[str]:
+def restarted(folder, number, *rendezvous) -> Iterator[str]:
     words = flags(NAMES[0], "mixed", "--save-every 1")
-    run = Run(folder, NAMES[0], words, 2, torchrun=["--max-restarts=2"])
+    run = Run(folder, NAMES[0], words, 2, torchrun=["--max-restarts=2", *rendezvous])
     run.until("step")
     send(number, *run.group("one rank"))
     yield run.ends(0, weights=undisturbed(NAMES[0], "mixed", 2)[2])

@@ -247,6 +247,8 @@ def test_ranks_that_do_not_come_from_torchrun(
 def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkeypatch):
     """As one of three ranks: refused before any of the others is needed, and told by rank 0."""
     monkeypatch.setenv("WORLD_SIZE", "3")
+    met = [(torch.distributed.HashStore(), 0, 3)]
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter(met))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
     run = tmp_path / "run"
     words = [*flags("simclr_fusion"), "--data", images, "--run-dir", run]
@@ -469,6 +471,30 @@ def test_ranks_stop_and_save_when_torchrun_is_killed(mixed, tmp_path):
     assert done.code == -signal.SIGUSR1 and "stopped, step" in done.out, done.err
     assert not alive(ranks)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 2
+
+
+@pytest.mark.parametrize("rendezvous", [(), ("--standalone",)])
+def test_a_killed_rank_is_started_again(rendezvous, mixed, tmp_path):
+    """By torchrun, whose store then still holds what the ranks before have told each other."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1")
+    words = [*TINY, "--data", mixed, "--workers", 1, "--run-dir", tmp_path]
+    process = start(*torchrun, *rendezvous, ROOT / "simclr_fusion.py", *words)
+    when_at(process, 2)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    done = result(process, 100)
+    assert done.code == 0, done.err
+    assert records(tmp_path, "probe")[-1]["step"] == records(tmp_path, "args")[0]["steps"]
+
+
+def test_a_rank_ends_with_its_torchrun_wherever_it_is(monkeypatch):
+    """Also in the start-up and in a probe, where no step asks whether to stop."""
+    import simclr_fusion as machine
+
+    got = []
+    monkeypatch.setattr(machine.os, "kill", lambda *pid_number: got.append(pid_number))
+    monkeypatch.setattr(machine, "PARENT", 1)
+    machine.end_with_torchrun()
+    assert got == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_the_same_command_again_after_the_end(alone, mixed, tmp_path, capfd, on_cpu):

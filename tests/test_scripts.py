@@ -1098,6 +1098,7 @@ def test_stems_and_widths(machine):
         ("googlenet", 80, 1024),
         ("inception_v3", 80, 2048),
         ("mobilenet_v3_small", 32, 1024),
+        ("squeezenet1_1", 32, 512),
         ("resnext50_32x4d", 32, 2048),
     ],
 )
