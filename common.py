@@ -70,9 +70,10 @@ def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 #
 # A source of images is an InMemory, or an OnDisk or a subclass of it. For another store (zip, LMDB)
 # subclass OnDisk, write `decode`, and return it from `load_data`, in a branch beside `shapes`. Its
-# `files` hold, as bytes, what names an image there. `decode` is called in the trainer and in data
-# workers: open a store's handle at first use, one for each os.getpid(). For another file format,
-# add its ending to ENDINGS and what decodes it to `_decode`.
+# `files` hold, as bytes, what names an image there. `decode` is called in the trainer, there by
+# several threads if `_hold` is used, and in data workers: open a store's handle at first use, one
+# for each os.getpid(). For another file format, add its ending to ENDINGS and what decodes it to
+# `_decode`.
 
 
 class DataError(ValueError):
@@ -166,9 +167,11 @@ class OnDisk:
             i %= len(self)
             try:
                 return self.decode(i), unreadable
-            except Exception:  # decoders have many words for a broken file
+            except Exception as error:  # decoders have many words for a broken file
                 unreadable.append(i)
-        raise DataError(f"{self.path(index)!r} and 99 files after it can't be read as images")
+                reason = " ".join(str(error).split())[:200]
+        found = f"{self.path(index)!r} and 99 files after it can't be read as images"
+        raise DataError(f"{found} (the last one: {reason})")
 
     def note_broken(self, unreadable: list[int]) -> None:
         """Names each unreadable file once, on stderr. DataError: above 1 % and above one."""
@@ -265,8 +268,8 @@ def _train_and_val(folder: Path) -> Data:
     if unknown or not classes or not val_classes:
         found = f"{len(classes)} and {len(val_classes)}"
         raise DataError(f"{wanted}: found {found}, of which only in val: {unknown[:3]}")
-    number_in_train = np.array([classes.index(name) for name in val_classes])
-    val.labels = number_in_train[val.labels]
+    label_in_train = np.array([classes.index(name) for name in val_classes])
+    val.labels = label_in_train[val.labels]
     train = _hold(train)
     return Data(train, train, _hold(val))
 
@@ -285,7 +288,8 @@ def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
         raise DataError(f"no images in {str(folder)!r}: looked for {', '.join(ENDINGS)}")
     folders, labels = np.unique([os.path.dirname(file) for file in files], return_inverse=True)
     classes = [os.fsdecode(name) for name in folders if name and b"/" not in name]
-    if len(classes) > 1 and len(classes) == len(folders):
+    all_in_classes = len(classes) == len(folders)
+    if len(classes) > 1 and all_in_classes:
         return OnDisk(folder, np.array(files), labels), classes
     if len(classes) > 1 and _ranks()[0] == 0:
         stray = [os.fsdecode(file) for file in files if file.count(b"/") != 1]
@@ -426,8 +430,8 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
     for label, figure in enumerate(_FIGURES.values()):
         mine = labels == label
         distance[mine] = figure(x[mine], y[mine])
-    cover = np.clip(0.5 - distance * scale * size / 2, 0, 1)  # about one pixel of soft edge
-    cover = cover[:, None]
+    in_pixels = distance * scale * size / 2  # the image is 2 wide, or `size` pixels
+    cover = np.clip(0.5 - in_pixels, 0, 1)[:, None]  # 0 outside, 1 within, a soft edge of a pixel
     level = draw(0.15, 0.85, 1, 1, 1)
     contrast = draw(0.3, 0.6, 1, 1, 1)
     front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
@@ -554,8 +558,8 @@ class Batches(torch.utils.data.Dataset):
             text = str(error).strip() or repr(error)
             line = text.splitlines()[-1].removeprefix("common.DataError: ")
             if not isinstance(error, DataError):
-                hint = "killed, or out of memory? (fewer --workers need less)"
-                line = f"a data worker failed ({line}): {hint}"
+                hint = "a data worker killed, or out of memory? (fewer --workers need less)"
+                line = f"loading images failed ({line}): {hint}"
             raise DataError(line) from error
 
     def __getitem__(self, step: int) -> tuple[list[Tensor], list[int]]:
@@ -629,7 +633,7 @@ class Augment:
     order of its own. Each operation is that of torchvision.transforms on float tensors in [0, 1].
     """
 
-    size: int = 224  # pixels a side; for a blur more than 3.3 sigma
+    size: int = 224  # pixels a side; with blur it must exceed 3.3 times the largest sigma
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -827,6 +831,7 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size:
 def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> tuple:
     """Applies to sample x[k], which is row rows[k] of the batch, its operations in their order.
 
+    order[row, turn] is the number of an operation, factors[row, number] belongs to that operation.
     In each of four turns the samples are sorted by the operation that is their next, which then
     works in place on a slice. Returns the samples as they were last sorted, and the rows that they
     are.
@@ -862,12 +867,19 @@ def _saturation(x: Tensor, f: Tensor) -> None:
     torch.lerp(_luma(x), x, f, out=x).clamp_(0, 1)
 
 
-def _hue(x: Tensor, f: Tensor) -> None:
-    """To HSV, turn by f, and back, without case distinctions: derivation below.
+# Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
+# them; d = M - m; p = 1/6 + (g + b - r - m) / 6d. By its definition the hue, in turns, is
+#     r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
+#     g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
+#     b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
+# which is p with the sign of g - b in all cases. Back: g is M where the hue is up to 1/6 from 1/3,
+# m where it is 1/3 or more away, and linear between: M + d - 6d c, c being the distance clamped to
+# [1/6, 1/3]. b: the same about 2/3. r has its hue at 0 and at 1; with the distance from the
+# opposite 1/2 it is m - d + 6d c.
 
-    r, g, b: a pixel's colours; m <= M: the least and the largest; d = M - m. The hue, in turns of
-    the circle, is p = 1/6 + (g + b - r - m) / 6d with the sign of g - b.
-    """
+
+def _hue(x: Tensor, f: Tensor) -> None:
+    """To HSV, turned by f, and back."""
     red, green, blue = x.split(1, 1)
     high = torch.maximum(red, green).clamp_(min=blue)  # M
     low = torch.minimum(red, green).clamp_(max=blue)  # m
@@ -881,18 +893,8 @@ def _hue(x: Tensor, f: Tensor) -> None:
     torch.addcmul(high, six_d, _distance(hue, 2 / 3), value=-1, out=blue)
 
 
-def _distance(hue: Tensor, centre: float) -> Tensor:
+def _distance(hue: Tensor, centre: float) -> Tensor:  # c
     return (hue - centre).abs_().clamp_(1 / 6, 1 / 3)
-
-
-# By its definition the hue is
-#     r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
-#     g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
-#     b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
-# which is copysign(p, g - b) in all cases. Back: g is M where the hue is up to 1/6 from 1/3, m
-# where it is 1/3 or more away, and linear between: M + d - 6d c, c being the distance clamped to
-# [1/6, 1/3]. b: the same about 2/3. r has its hue at 0 and at 1; with the distance from the
-# opposite 1/2 it is m - d + 6d c.
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -930,7 +932,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size
-    x = F.pad(x, (radius, end, radius, end), mode="reflect")  # (n, 3, w, w), w = s + radius + end
+    # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together
+    x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Along the height,
     x = x.unfold(2, reach, block).mT  # (n, 3, blocks, reach, w)
     x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
@@ -1018,9 +1021,9 @@ class _PairSums(torch.autograd.Function):
     columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
     dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
 
-    S is right for the rows of the pairs first ... last - 1, those of this rank, and not to be used
-    elsewhere: a block without any of these rows or columns is skipped. Unused means g = 0, so in
-    backward the same blocks have g_i + g_j = 0 and may be skipped again.
+    A rank uses S only for its own pairs, first ... last - 1. Say N = 4, first = 2, last = 4: of S,
+    S_2, S_3 and their pairs' S_6, S_7 are right, and the caller takes no others. A block that has
+    none of these as a row or column is skipped; in backward too, for there g is 0 but at these.
     """
 
     @staticmethod
@@ -1074,8 +1077,10 @@ def _block(x: Tensor, size: int, i: int, j: int) -> Tensor:
     columns = x[j * size : (j + 1) * size]
     e = (rows @ columns.T).exp_()
     half = len(x) // 2
-    for distance in (-half, 0, half):  # column - row in E; a diagonal outside of the block is empty
-        e.diagonal((i - j) * size + distance).zero_()
+    for distance in (-half, 0, half):  # column - row in E
+        # In the block, which begins at row i size and column j size, column - row is this much
+        # larger. A diagonal outside of the block is empty.
+        e.diagonal(distance + (i - j) * size).zero_()
     return e
 
 

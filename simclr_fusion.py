@@ -9,16 +9,16 @@
 The same command again continues where the last run stopped; --fusion-layers 0 is plain SimCLR.
 
 Method. Two random views of B images pass the fusion layer, the backbone f and the projector g:
-z = g(f(fuse(x))), loss = NT-Xent(z1, z2). The fusion layer reads the batch as one sample of B
-channels. With X (B, C, H, W) cut into N = HW / p^2 patches of D = p^2 C numbers, T (1, B, D, N),
-and `fusion_layers` times
+z = g(f(fuse(x))), loss = NT-Xent(z1, z2). The fusion layer reads the batch as a single sample with
+the B images as its channels. It cuts X (B, C, H, W) into N = HW / p^2 patches of D = p^2 C numbers
+each, lays them out as T (1, B, D, N), and computes `fusion_layers` times
 
     T <- T + Conv(T),   Conv: B -> B channels, k x k over the plane (D, N), no bias, zero at first
 
 so that the images of a batch take part in each other. It learns from the same loss and is dropped
 afterwards. Conv has weights for each place in the batch, and both views of an image stand in the
-same place: the layer could mark the places and solve the task without a look at the images. So
-view 2 is fused in a fresh random order, which is undone afterwards.
+same place: the layer could stamp a pattern of its own on each place, and solve the task by the
+stamps without a look at the images. So view 2 is fused in a fresh random order, undone afterwards.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): batch data are reduced and reconstructed, communicate within the batch
@@ -133,7 +133,7 @@ flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
 flag("--compile", action=ON_OFF, default=False, help="torch.compile the backbone")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
-flag("--save-every", type=int, default=0, help="steps between checkpoints in an epoch; 0: none")
+flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: at epochs' ends only")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
@@ -143,6 +143,10 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 
 # ------------------------------------------------------------------------------------ the method
+#
+# `given` has the flags of the command line, None where one is not given. `args` has the settings in
+# effect: flags, rows of PRESETS, and what `configure` and `fit_method` derive from them: steps,
+# epoch_steps, warmup_steps, peak_lr (already scaled by the batch), chance_loss and others.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -579,7 +583,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Of the batches each rank takes every WORLD-th.
+    # Without a seed: centre crops in order, whole batches, of which each rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -732,9 +736,10 @@ def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
     """Trains, or continues, to the last step; leaves checkpoint.pt and backbone.pt."""
-    model = Method(backbone, args).to(DEVICE)  # its backbone stays the object that was passed in
+    model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # on CPUs, for which it does not exist, each rank has its own statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # model.backbone still is the object `backbone`, which is probed and saved under this name.
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -782,7 +787,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
-            sum_over_ranks(torch.tensor(0))  # waits for rank 0: the first to end ends the others
+            # The first rank to end makes torchrun end the others: rank 0 must have saved before.
+            sum_over_ranks(torch.tensor(0))
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:

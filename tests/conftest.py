@@ -20,6 +20,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real photographs, where this checkout has them
 sys.path.insert(0, str(ROOT))
+# As nohup and a shell's & ignore them, and children inherit that, the tests could not send them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SCRIPTS = ("simclr_fusion", "mocov2_fusion", "byol_dimcl", "barlow_dimcl", "simclr_curation")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

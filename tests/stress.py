@@ -572,7 +572,7 @@ FOLDERS = """
 120 mkdir -p a/c b/c; mv 1*.jpg a/c; mv *.jpg b/c
 108 a="$(printf 'a\\nb')" b="$(printf '\\377')"; mkdir "$a" "$b"; mv 1*.jpg "$a"; mv *.jpg "$b"
 - mkdir -p train/a train/b; mv 1*.jpg train/a; mv *.jpg train/b
-118 mkdir -p train/a train/b val/a; mv 2.jpg 3.jpg val/a; mv 1*.jpg train/a; mv *.jpg train/b
+- mkdir -p train/a train/b val/a; mv 2.jpg 3.jpg val/a; mv 1*.jpg train/a; mv *.jpg train/b
 - mkdir -p train/a train/b val/c; mv 2.jpg 3.jpg val/c; mv 1*.jpg train/a; mv *.jpg train/b
 - mkdir -p train/a train/b val; mv 1*.jpg train/a; mv *.jpg train/b
 - mkdir -p train val/a val/b; mv 2.jpg val/a; mv 3.jpg val/b; mv *.jpg train
