@@ -79,9 +79,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row. A
-# batch or warm-up of the table, but none that is given, is reduced to what the images and the
-# epochs allow. A stem of None is `small` for views of up to 64 px, else `imagenet`.
+# images get the column of those of similar size. A flag that is given wins over its row.
+# `choose_preset` reduces a batch or warm-up of the table, but none that is given, to what the
+# images and the epochs allow. A stem of None is `small` for views of up to 64 px, else `imagenet`.
 # bias_rate is the rate of biases and norms as a share of that of weights. LARS makes the step of
 # weights independent of the loss's scale, theirs not, so it belongs to a scale. solo-learn scales
 # the loss by .1 and gives all one rate; on ImageNet-100 its gradient is half of the true one, hence
@@ -105,7 +105,7 @@ PRESETS = {
     # Widths of the projector's layers, and whether they have biases.
     "projector":         ([512] * 3,  [2048] * 3, [2048] * 3, [2048] * 3,    [8192] * 3),
     "projector_bias":    (True,       True,       True,       True,          False),
-    # Smallest crop as a share of the image. Probability of blur, of view 1 and of view 2.
+    # Smallest crop as a share of the image's area. Probability of blur, of view 1 and of view 2.
     "smallest_crop":     (0.4,        0.08,       0.08,       0.08,          0.08),
     "blur":              ([0, 0],     [0, 0],     [0, 0],     [1, 0.1],      [1, 0.1]),
 }
@@ -152,9 +152,10 @@ MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `given` has the flags of the command line, None where one is not given. `args` has the settings in
-# effect: flags, rows of PRESETS, and what `configure` and `fit_method` derive from them: steps,
-# epoch_steps, warmup_steps, peak_lr (already scaled by the batch), chance_loss and others.
+# `args` has the settings in effect: flags, rows of PRESETS, and what `configure` and `fit_method`
+# derive from them: steps, epoch_steps, warmup_steps, peak_lr (already scaled by the batch),
+# chance_loss and others. `given` is the bare command line: a row of PRESETS whose flag is not given
+# is None there.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -167,7 +168,7 @@ def recipes(args: Namespace) -> list[Augment]:
 
 
 def view_stream(steps: range, data: Data, args: Namespace, workers: int) -> Iterator:
-    """For each step the rows of its images and their two views (B, 3, size, size)."""
+    """For each step the indices of this rank's images (B,) and their views (B, 3, size, size)."""
     batches = Batches(data.pretrain, recipes(args), args.batch_size, args.seed, RANK, WORLD)
     return batches.stream(steps, DEVICE, workers)
 
@@ -183,7 +184,11 @@ class Method(nn.Module):
         self.projector = ops.MLP(features, args.projector, nn.BatchNorm1d, bias=bias)
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, what else to log, an embedding (B, D) to tell a collapse."""
+        """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
+
+        For a loss of your own: as autocast may be on, cast to float32, as common.py's losses do.
+        Its mean over the ranks must be the loss of all images. Change `chance_loss` as well.
+        """
         # Each view by itself, as published: batch norm sees one view's statistics at a time.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
         args = self.args
@@ -303,7 +308,7 @@ def join_ranks() -> None:
             refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
-        threading.Thread(target=end_with_torchrun, daemon=True).start()
+        threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         try:
             store, rank, world = next(dist.rendezvous("env://"))
         except ValueError as error:
@@ -321,7 +326,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Ranks without synchronised batch norm differ in running averages: rank 0's are used."""
+    """Each rank's batch norm has running averages of its own if it isn't synchronised."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -340,6 +345,8 @@ def build_backbone(args: Namespace) -> nn.Module:
         refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
         zero_init = {"zero_init_residual": args.zero_init_residual}
+        # A network of your own: build it in a branch here and add its name to `known`. It needs a
+        # head, that is a Linear or Conv2d as its last layer, since the last one is cut off below.
         if args.arch == "resnet10":
             net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], **zero_init)
         elif args.arch in ("googlenet", "inception_v3"):
@@ -355,7 +362,7 @@ def build_backbone(args: Namespace) -> nn.Module:
             net.maxpool = nn.Identity()
         kinds = (nn.Linear, nn.Conv2d)
         layers = [path for path, module in net.named_modules() if isinstance(module, kinds)]
-        net.set_submodule(layers[-1], nn.Identity())  # the last one is the classifier
+        net.set_submodule(layers[-1], nn.Identity())
         net.eval()
         net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
@@ -364,7 +371,7 @@ def build_backbone(args: Namespace) -> nn.Module:
 
 
 class LARS(torch.optim.SGD):
-    """SGD with momentum .9 on r (g + wd w) instead of g, with one r for each tensor w:
+    """SGD with momentum .9 on r * (g + wd * w) instead of g, with one r for each tensor w:
 
     lars: r = .001 |w| / |g + wd w|                      the code of BYOL and Barlow Twins
     larc: r = min(.02 |w| / (|g| + wd |w|), lr) / lr     solo-learn
@@ -384,7 +391,7 @@ class LARS(torch.optim.SGD):
                 if w.grad is None:  # as SGD does: frozen
                     continue
                 g_norm = w.grad.norm()
-                update = w.grad.add_(w, alpha=group["decay"])
+                update = w.grad.add_(w, alpha=group["decay"])  # in place: SGD will use w.grad
                 if group["adapt"]:
                     if self.formula == "lars":
                         r = 0.001 * w.norm() / update.norm()
@@ -557,17 +564,17 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), momentum=0.9)
+    # To SGD at rate 1, r times the loss of a classifier is a learning rate of r.
+    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
     for epoch in range(args.probe_epochs):
-        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)  # times rates, below
+        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
         order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
         for rows in kept[order.to(DEVICE)].split(min(512, len(kept) // 4 + 1)):
             logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
             losses = F.cross_entropy(logits, y[rows].repeat_interleave(10), reduction="none")
             optimizer.zero_grad()
-            # To SGD r times the loss of a classifier is r times its learning rate.
             (rates * losses.view(-1, 10).mean(0)).sum().backward()
             optimizer.step()
     with torch.no_grad():
@@ -618,10 +625,10 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A method may log a value from some step on only. item() waits for the GPU: now the clock.
+        # A method may log a value from some step on only.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
-    took = time.perf_counter() - began
+    took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work
     speed = len(history) / took
     values["images_per_s"] = speed * args.batch_size
     values["seconds_left"] = (args.steps - done) / speed
@@ -708,6 +715,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         # Networks with dropout draw from this; a continued run draws the same numbers.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
+        # To accumulate gradients over K steps: loss / K; zero_grad, scaler.step, scaler.update at
+        # every K-th step only, the others within parallel.no_sync(); epoch_steps and save_every
+        # multiples of K; peak_lr as for K batches. Negatives and batch norm stay those of a batch.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         optimizer.zero_grad()

@@ -93,9 +93,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row. A
-# batch, queue or warm-up of the table, but none that is given, is reduced to what the images and
-# the epochs allow. A stem of None is `small` for views of up to 64 px, else `imagenet`.
+# images get the column of those of similar size. A flag that is given wins over its row.
+# `choose_preset` and `fit_method` reduce a batch, warm-up or queue of the table, but none that is
+# given, to what the images and the epochs allow. A stem of None is `small` for views of up to
+# 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -112,15 +113,15 @@ PRESETS = {
     "key_momentum":      (0.97,       0.99,        0.99,        0.99,          0.999),
     "fusion_patch":      (4,          4,           8,           16,            16),
     # The rows below have no flag: change them here.
-    # Momentum at the end. Whether view 2 gives queries as well.
+    # The key momentum at the end of training.
     "final_momentum":    (0.97,       0.999,       0.999,       0.999,         0.999),
+    # Whether view 2 gives queries as well.
     "symmetric":         (False,      True,        True,        True,          False),
-    # Whether residual blocks begin as the identity. Widths of the projector's layers.
     "zero_init_residual": (False,     False,       False,       False,         False),
+    # Widths of the projector's layers.
     "projector":         ([512, 128], [2048, 256], [2048, 256], [2048, 256],   [2048, 128]),
-    # Smallest crop as a share of the image. Probability of blur.
-    "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.2),
-    "blur":              (0.0,        0.0,         0.0,         0.5,           0.5),
+    "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.2),  # of the area
+    "blur":              (0.0,        0.0,         0.0,         0.5,           0.5),  # probability
 }
 # fmt: on
 
@@ -169,9 +170,10 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `given` has the flags of the command line, None where one is not given. `args` has the settings in
-# effect: flags, rows of PRESETS, and what `configure` and `fit_method` derive from them: steps,
-# epoch_steps, warmup_steps, peak_lr (already scaled by the batch), chance_loss and others.
+# `args` has the settings in effect: flags, rows of PRESETS, and what `configure` and `fit_method`
+# derive from them: steps, epoch_steps, warmup_steps, peak_lr (already scaled by the batch),
+# chance_loss and others. `given` is the bare command line: a row of PRESETS whose flag is not given
+# is None there.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -182,7 +184,7 @@ def recipes(args: Namespace) -> list[Augment]:
 
 
 def view_stream(steps: range, data: Data, args: Namespace, workers: int) -> Iterator:
-    """For each step the rows of its images and their two views (B, 3, size, size)."""
+    """For each step the indices of this rank's images (B,) and their views (B, 3, size, size)."""
     batches = Batches(data.pretrain, recipes(args), args.batch_size, args.seed, RANK, WORLD)
     return batches.stream(steps, DEVICE, workers)
 
@@ -253,7 +255,7 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)
+        order = self.random_order(len(x2), "fusion", step, RANK)  # if symmetric, of both directions
         return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
 
     @torch.no_grad()
@@ -272,7 +274,8 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, step: int) -> None:
-        """Once a step, before the forward pass. Running averages of batch norm are its own."""
+        """Once a step, before the forward pass. Only parameters are averaged: the key encoder's
+        batch norms have running averages of their own keys."""
         weight = 1 - momentum(step, self.args)
         for key, query in (
             (self.key_backbone, self.backbone),
@@ -289,11 +292,17 @@ class Method(nn.Module):
         k = self.keys(x2, step)
         loss = info_nce(q, k.chunk(WORLD)[RANK], queue, self.args.temperature)
         place = step * len(k) % len(queue)  # K is a multiple of the batch
-        queue[place : place + len(k)] = k  # of which info_nce's gradient needs nothing any more
+        # Before backward: info_nce has computed its gradient already. Another loss may need the
+        # queue as it was: give it queue.clone().
+        queue[place : place + len(k)] = k
         return loss, q
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, what else to log, an embedding (B, D) to tell a collapse."""
+        """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
+
+        For a loss of your own: as autocast may be on, cast to float32, as common.py's losses do.
+        Its mean over the ranks must be the loss of all images. Change `chance_loss` as well.
+        """
         self.update_key_encoder(step)
         loss, q = self.contrast(x1, x2, step, self.queues[0])
         if self.args.symmetric:
@@ -308,9 +317,10 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Weights; biases and norms, which decay as well in MoCo; the fusion layer, which does not.
 
-    `train` sets the rate of a group to its peak times the schedule. AdamW moves every weight by
-    about its rate, and a fused image is a sum over B k^2 of them: at the backbone's rate the layer
-    soon drowns each image in the others.
+    `train` sets a group's rate to its peak times the schedule; LARS scales the groups that `adapt`.
+    A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
+    drowns each image in the others. AdamW moves a weight by about its rate, the other optimizers by
+    the rate times the gradient: hence two default rates in `fit_method`.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -328,8 +338,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
 
 def fit_method(args: Namespace, given: Namespace) -> None:
-    """Fits to the data what is None in `given`, the bare command line; refuses what cannot be."""
-    if args.fusion_lr is None:
+    """Fits to the data what is not given on the command line; refuses what cannot be."""
+    if given.fusion_lr is None:
         args.fusion_lr = args.lr / (100 if args.optimizer == "adamw" else 1000)
     if given.fusion_patch is None:
         args.fusion_patch = math.gcd(args.fusion_patch, args.image_size)
@@ -337,9 +347,8 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    args.fusion_width = 0
-    if args.fusion_layers > 0:  # compared when a run continues: it has to on as many ranks
-        args.fusion_width = args.batch_size // WORLD
+    # The checkpoint's settings hold it, so that a run with fusion continues on as many ranks only.
+    args.fusion_width = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
     if given.key_momentum is not None:
@@ -440,7 +449,7 @@ def join_ranks() -> None:
             refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
-        threading.Thread(target=end_with_torchrun, daemon=True).start()
+        threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         try:
             store, rank, world = next(dist.rendezvous("env://"))
         except ValueError as error:
@@ -458,7 +467,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Ranks without synchronised batch norm differ in running averages: rank 0's are used."""
+    """Each rank's batch norm has running averages of its own if it isn't synchronised."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -477,6 +486,8 @@ def build_backbone(args: Namespace) -> nn.Module:
         refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
         zero_init = {"zero_init_residual": args.zero_init_residual}
+        # A network of your own: build it in a branch here and add its name to `known`. It needs a
+        # head, that is a Linear or Conv2d as its last layer, since the last one is cut off below.
         if args.arch == "resnet10":
             net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], **zero_init)
         elif args.arch in ("googlenet", "inception_v3"):
@@ -492,7 +503,7 @@ def build_backbone(args: Namespace) -> nn.Module:
             net.maxpool = nn.Identity()
         kinds = (nn.Linear, nn.Conv2d)
         layers = [path for path, module in net.named_modules() if isinstance(module, kinds)]
-        net.set_submodule(layers[-1], nn.Identity())  # the last one is the classifier
+        net.set_submodule(layers[-1], nn.Identity())
         net.eval()
         net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
@@ -501,7 +512,7 @@ def build_backbone(args: Namespace) -> nn.Module:
 
 
 class LARS(torch.optim.SGD):
-    """SGD with momentum .9 on r (g + wd w) instead of g, with one r for each tensor w:
+    """SGD with momentum .9 on r * (g + wd * w) instead of g, with one r for each tensor w:
 
     lars: r = .001 |w| / |g + wd w|                      the code of BYOL and Barlow Twins
     larc: r = min(.02 |w| / (|g| + wd |w|), lr) / lr     solo-learn
@@ -521,7 +532,7 @@ class LARS(torch.optim.SGD):
                 if w.grad is None:  # as SGD does: frozen
                     continue
                 g_norm = w.grad.norm()
-                update = w.grad.add_(w, alpha=group["decay"])
+                update = w.grad.add_(w, alpha=group["decay"])  # in place: SGD will use w.grad
                 if group["adapt"]:
                     if self.formula == "lars":
                         r = 0.001 * w.norm() / update.norm()
@@ -694,17 +705,17 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), momentum=0.9)
+    # To SGD at rate 1, r times the loss of a classifier is a learning rate of r.
+    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
     for epoch in range(args.probe_epochs):
-        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)  # times rates, below
+        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
         order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
         for rows in kept[order.to(DEVICE)].split(min(512, len(kept) // 4 + 1)):
             logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
             losses = F.cross_entropy(logits, y[rows].repeat_interleave(10), reduction="none")
             optimizer.zero_grad()
-            # To SGD r times the loss of a classifier is r times its learning rate.
             (rates * losses.view(-1, 10).mean(0)).sum().backward()
             optimizer.step()
     with torch.no_grad():
@@ -755,10 +766,10 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A method may log a value from some step on only. item() waits for the GPU: now the clock.
+        # A method may log a value from some step on only.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
-    took = time.perf_counter() - began
+    took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work
     speed = len(history) / took
     values["images_per_s"] = speed * args.batch_size
     values["seconds_left"] = (args.steps - done) / speed
@@ -836,14 +847,17 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         asked = time.perf_counter()
         views = next_views(stream, step, data, args)
         waited += time.perf_counter() - asked
-        if step in (0, args.steps - 1):  # both views, and both after fusion, at first the identity
-            with torch.no_grad():
+        if step in (0, args.steps - 1):
+            with torch.no_grad():  # four columns: both views, and both fused, at first the same
                 save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Networks with dropout draw from this; a continued run draws the same numbers.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
+        # To accumulate gradients over K steps: loss / K; zero_grad, scaler.step, scaler.update at
+        # every K-th step only, the others within parallel.no_sync(); epoch_steps and save_every
+        # multiples of K; peak_lr as for K batches. Negatives and batch norm stay those of a batch.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         optimizer.zero_grad()

@@ -73,9 +73,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row. A
-# batch or warm-up of the table, but none that is given, is reduced to what the images and the
-# epochs allow. A stem of None is `small` for views of up to 64 px, else `imagenet`.
+# images get the column of those of similar size. A flag that is given wins over its row.
+# `choose_preset` reduces a batch or warm-up of the table, but none that is given, to what the
+# images and the epochs allow. A stem of None is `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -94,10 +94,9 @@ PRESETS = {
     # Widths of the projector's layers, and which of them have a batch norm.
     "projector":         ([512, 128], [2048, 256], [2048, 256], [4096, 512],   [2048, 128]),
     "projector_norms":   ("hidden",   "none",      "none",      "none",        "all"),
-    # Smallest crop as a share of the image. Strength of the colour jitter. Probability of blur.
-    "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.08),
-    "jitter_strength":   (0.5,        1.0,         1.0,         1.0,           1.0),
-    "blur":              (0.0,        0.0,         0.0,         0.5,           0.5),
+    "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.08),  # of the area
+    "jitter_strength":   (0.5,        1.0,         1.0,         1.0,           1.0),  # of colours
+    "blur":              (0.0,        0.0,         0.0,         0.5,           0.5),  # probability
 }
 # fmt: on
 
@@ -144,9 +143,10 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `given` has the flags of the command line, None where one is not given. `args` has the settings in
-# effect: flags, rows of PRESETS, and what `configure` and `fit_method` derive from them: steps,
-# epoch_steps, warmup_steps, peak_lr (already scaled by the batch), chance_loss and others.
+# `args` has the settings in effect: flags, rows of PRESETS, and what `configure` and `fit_method`
+# derive from them: steps, epoch_steps, warmup_steps, peak_lr (already scaled by the batch),
+# chance_loss and others. `given` is the bare command line: a row of PRESETS whose flag is not given
+# is None there.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -169,7 +169,7 @@ def build_projector(features: int, args: Namespace) -> nn.Module:
 
 
 def view_stream(steps: range, data: Data, args: Namespace, workers: int) -> Iterator:
-    """For each step the rows of its images and their two views (B, 3, size, size)."""
+    """For each step the indices of this rank's images (B,) and their views (B, 3, size, size)."""
     batches = Batches(data.pretrain, recipes(args), args.batch_size, args.seed, RANK, WORLD)
     return batches.stream(steps, DEVICE, workers)
 
@@ -223,7 +223,11 @@ class Method(nn.Module):
         return self.fusion(x1), self.fusion(x2[order])[order.argsort()]
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, what else to log, an embedding (B, D) to tell a collapse."""
+        """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
+
+        For a loss of your own: as autocast may be on, cast to float32, as common.py's losses do.
+        Its mean over the ranks must be the loss of all images. Change `chance_loss` as well.
+        """
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
         x = torch.cat(self.fuse(x1, x2, step))
         z1, z2 = self.projector(self.backbone(x)).chunk(2)
@@ -237,9 +241,10 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Weights; biases and norms; the fusion layer. Only weights have decay and LARS.
 
-    `train` sets the rate of a group to its peak times the schedule. AdamW moves every weight by
-    about its rate, and a fused image is a sum over B k^2 of them: at the backbone's rate the layer
-    soon drowns each image in the others.
+    `train` sets a group's rate to its peak times the schedule; LARS scales the groups that `adapt`.
+    A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
+    drowns each image in the others. AdamW moves a weight by about its rate, the other optimizers by
+    the rate times the gradient: hence two default rates in `fit_method`.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -257,8 +262,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
 
 def fit_method(args: Namespace, given: Namespace) -> None:
-    """Fits to the data what is None in `given`, the bare command line; refuses what cannot be."""
-    if args.fusion_lr is None:
+    """Fits to the data what is not given on the command line; refuses what cannot be."""
+    if given.fusion_lr is None:
         args.fusion_lr = args.lr / (100 if args.optimizer == "adamw" else 1000)
     if given.fusion_patch is None:
         args.fusion_patch = math.gcd(args.fusion_patch, args.image_size)
@@ -266,9 +271,8 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    args.fusion_width = 0
-    if args.fusion_layers > 0:  # compared when a run continues: it has to on as many ranks
-        args.fusion_width = args.batch_size // WORLD
+    # The checkpoint's settings hold it, so that a run with fusion continues on as many ranks only.
+    args.fusion_width = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     args.chance_loss = math.log(2 * args.batch_size - 1)  # for the log: if embeddings know nothing
 
 
@@ -358,7 +362,7 @@ def join_ranks() -> None:
             refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
-        threading.Thread(target=end_with_torchrun, daemon=True).start()
+        threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         try:
             store, rank, world = next(dist.rendezvous("env://"))
         except ValueError as error:
@@ -376,7 +380,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Ranks without synchronised batch norm differ in running averages: rank 0's are used."""
+    """Each rank's batch norm has running averages of its own if it isn't synchronised."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -395,6 +399,8 @@ def build_backbone(args: Namespace) -> nn.Module:
         refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
         zero_init = {"zero_init_residual": args.zero_init_residual}
+        # A network of your own: build it in a branch here and add its name to `known`. It needs a
+        # head, that is a Linear or Conv2d as its last layer, since the last one is cut off below.
         if args.arch == "resnet10":
             net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], **zero_init)
         elif args.arch in ("googlenet", "inception_v3"):
@@ -410,7 +416,7 @@ def build_backbone(args: Namespace) -> nn.Module:
             net.maxpool = nn.Identity()
         kinds = (nn.Linear, nn.Conv2d)
         layers = [path for path, module in net.named_modules() if isinstance(module, kinds)]
-        net.set_submodule(layers[-1], nn.Identity())  # the last one is the classifier
+        net.set_submodule(layers[-1], nn.Identity())
         net.eval()
         net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
@@ -419,7 +425,7 @@ def build_backbone(args: Namespace) -> nn.Module:
 
 
 class LARS(torch.optim.SGD):
-    """SGD with momentum .9 on r (g + wd w) instead of g, with one r for each tensor w:
+    """SGD with momentum .9 on r * (g + wd * w) instead of g, with one r for each tensor w:
 
     lars: r = .001 |w| / |g + wd w|                      the code of BYOL and Barlow Twins
     larc: r = min(.02 |w| / (|g| + wd |w|), lr) / lr     solo-learn
@@ -439,7 +445,7 @@ class LARS(torch.optim.SGD):
                 if w.grad is None:  # as SGD does: frozen
                     continue
                 g_norm = w.grad.norm()
-                update = w.grad.add_(w, alpha=group["decay"])
+                update = w.grad.add_(w, alpha=group["decay"])  # in place: SGD will use w.grad
                 if group["adapt"]:
                     if self.formula == "lars":
                         r = 0.001 * w.norm() / update.norm()
@@ -612,17 +618,17 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), momentum=0.9)
+    # To SGD at rate 1, r times the loss of a classifier is a learning rate of r.
+    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
     for epoch in range(args.probe_epochs):
-        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)  # times rates, below
+        optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
         order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
         for rows in kept[order.to(DEVICE)].split(min(512, len(kept) // 4 + 1)):
             logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
             losses = F.cross_entropy(logits, y[rows].repeat_interleave(10), reduction="none")
             optimizer.zero_grad()
-            # To SGD r times the loss of a classifier is r times its learning rate.
             (rates * losses.view(-1, 10).mean(0)).sum().backward()
             optimizer.step()
     with torch.no_grad():
@@ -673,10 +679,10 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A method may log a value from some step on only. item() waits for the GPU: now the clock.
+        # A method may log a value from some step on only.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
-    took = time.perf_counter() - began
+    took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work
     speed = len(history) / took
     values["images_per_s"] = speed * args.batch_size
     values["seconds_left"] = (args.steps - done) / speed
@@ -756,14 +762,17 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         asked = time.perf_counter()
         views = next_views(stream, step, data, args)
         waited += time.perf_counter() - asked
-        if step in (0, args.steps - 1):  # both views, and both after fusion, at first the identity
-            with torch.no_grad():
+        if step in (0, args.steps - 1):
+            with torch.no_grad():  # four columns: both views, and both fused, at first the same
                 save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Networks with dropout draw from this; a continued run draws the same numbers.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
+        # To accumulate gradients over K steps: loss / K; zero_grad, scaler.step, scaler.update at
+        # every K-th step only, the others within parallel.no_sync(); epoch_steps and save_every
+        # multiples of K; peak_lr as for K batches. Negatives and batch norm stay those of a batch.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         optimizer.zero_grad()
