@@ -828,9 +828,8 @@ def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list
 
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
-    """Trains, or continues, to the last step; leaves checkpoint.pt and backbone.pt."""
+    """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
-    # model.backbone still is the object `backbone`, which is probed and saved under this name.
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -848,7 +847,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
         views = next_views(stream, step, data, args)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # four columns: both views, and both fused, at first the same
+            with torch.no_grad():  # columns: both views, both fused (at first the same)
                 save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)

@@ -727,11 +727,10 @@ def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list
 
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
-    """Trains, or continues, to the last step; leaves checkpoint.pt and backbone.pt."""
+    """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # on CPUs, for which it does not exist, each rank has its own statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # model.backbone still is the object `backbone`, which is probed and saved under this name.
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}

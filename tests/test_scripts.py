@@ -75,9 +75,8 @@ SYNC = [
     "-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)",
 ]
 PICTURES = [
-    "-        if step in (0, args.steps - 1):  # both views, and both after fusion, at first the"
-    " identity",
-    "-            with torch.no_grad():",
+    "-        if step in (0, args.steps - 1):",
+    "-            with torch.no_grad():  # columns: both views, both fused (at first the same)",
     '-                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])',
     "+        if step == 0:  # a row for each image",
     '+            save_pictures(run / "views.png", views)',
