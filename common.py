@@ -6,8 +6,9 @@
    cropped one by one, where they are decoded: by data workers, on the CPU.
 3. Losses: `nt_xent`, `info_nce`, `byol_loss`, `barlow_twins`, `dimcl`; `gather` for several ranks.
 
-Whatever is random is a pure function of (seed, step, view): see `generator`. So nothing random has
-to be saved to continue a run, and neither the number of workers nor that of ranks changes a batch.
+Whatever is random is a pure function of (seed, step, view), for given images and batch size: see
+`generator`. So nothing random has to be saved to continue a run, and neither the number of workers
+nor that of ranks changes a batch.
 """
 
 import copy
@@ -36,7 +37,7 @@ from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
-# torchvision 0.29 announces the end of its decoder at every image; then Pillow must do.
+# torchvision 0.29 announces at every image that its decoder will go; then `_decode` needs Pillow.
 warnings.filterwarnings("ignore", message=".*decoding.*deprecated", module="torchvision")
 
 
@@ -59,7 +60,7 @@ def _ranks() -> tuple[int, int]:
 
 
 def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Copies to `device`; to a GPU through pinned memory: other copies wait for the device."""
+    """Copies to `device`; to a GPU from pinned memory: for other copies the host has to wait."""
     tensor = torch.as_tensor(array)
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -67,13 +68,6 @@ def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ data
-#
-# A source of images is an InMemory, or an OnDisk or a subclass of it. For another store (zip, LMDB)
-# subclass OnDisk, write `decode`, and return it from `load_data`, in a branch beside `shapes`. Its
-# `files` hold, as bytes, what names an image there. `decode` is called in the trainer, there by
-# several threads if `_hold` is used, and in data workers: open a store's handle at first use, one
-# for each os.getpid(). For another file format, add its ending to ENDINGS and what decodes it to
-# `_decode`.
 
 
 class DataError(ValueError):
@@ -116,8 +110,8 @@ class InMemory:
 class OnDisk:
     """Image files below `folder`, decoded anew each time they are shown.
 
-    files: (N,) array of dtype S (bytes), paths relative to `folder`; no list, whose memory each
-    worker would copy, as it counts references. labels: (N,) int64 or None.
+    files: (N,) array of dtype S (bytes), paths relative to `folder`; not a list, whose memory would
+    be copied in each worker as its elements' references are counted. labels: (N,) int64 or None.
     """
 
     def __init__(self, folder: str | Path, files: np.ndarray, labels: np.ndarray | None = None):
@@ -174,7 +168,10 @@ class OnDisk:
         raise DataError(f"{found} (the last one: {reason})")
 
     def note_broken(self, unreadable: list[int]) -> None:
-        """Names each unreadable file once, on stderr. DataError: above 1 % and above one."""
+        """Names each unreadable file once, on stderr. DataError: above 1 % and above one.
+
+        Each rank counts those that it has met.
+        """
         for i in sorted(set(unreadable) - self.broken):
             self.broken.add(i)
             line = f"unreadable image, replaced by the next one: {self.path(i)!r}"
@@ -186,6 +183,19 @@ class OnDisk:
 
 
 Images = InMemory | OnDisk
+
+# For images kept in another way, return from a branch of `load_data`, beside `shapes`, an InMemory
+# or a subclass of OnDisk. It needs a `decode`; `files` may hold anything that names an image:
+#
+#     class InZip(OnDisk):  # InZip("photos.zip", names, labels)
+#         def decode(self, index):
+#             with zipfile.ZipFile(os.fsdecode(self.folder)) as file:
+#                 data = bytearray(file.read(os.fsdecode(self.files[index])))
+#             return decode_image(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+#
+# It is called in the trainer and at the same time in data workers, which are forks of the trainer:
+# a handle that stays open has to be opened anew where os.getpid() is another. `_hold`, which would
+# decode all images at once, does so in threads. For another file format: ENDINGS and `_decode`.
 
 
 def _decode(path: str) -> Tensor:
@@ -475,7 +485,7 @@ class Batches(torch.utils.data.Dataset):
     recipes: Sequence["Augment"]  # one for each view
     batch_size: int  # of all ranks together
     seed: int | None = None
-    rank: int = 0
+    rank: int = 0  # this process's, told by the trainer
     world: int = 1
 
     def rows(self, step: int) -> np.ndarray:
@@ -549,7 +559,7 @@ class Batches(torch.utils.data.Dataset):
         try:
             batches = iter(loader)
             # torch has now installed a handler that raises when a worker dies, wherever the trainer
-            # is. Without it the error is raised below, when the trainer waits for a batch.
+            # is. Without it `yield from` raises, which looks after its workers while it waits.
             if signal.getsignal(signal.SIGCHLD) is not handler:
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
@@ -595,7 +605,7 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
     # Decoders give colours innermost (channels_last), where interpolate is faster. It recognises
-    # that by all four strides: image[None] would not do.
+    # that by all four strides, of which image[None] would get the first one wrong.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -633,7 +643,7 @@ class Augment:
     order of its own. Each operation is that of torchvision.transforms on float tensors in [0, 1].
     """
 
-    size: int = 224  # pixels a side; with blur it must exceed 3.3 times the largest sigma
+    size: int = 224  # pixels a side; with blur more than 3.3 times the largest sigma + 1
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -875,7 +885,7 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # which is p with the sign of g - b in all cases. Back: g is M where the hue is up to 1/6 from 1/3,
 # m where it is 1/3 or more away, and linear between: M + d - 6d c, c being the distance clamped to
 # [1/6, 1/3]. b: the same about 2/3. r has its hue at 0 and at 1; with the distance from the
-# opposite 1/2 it is m - d + 6d c.
+# opposite 1/2 it is m - d + 6d c. Where a pixel is gray, d is 0, and all of these are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -928,7 +938,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]  # both sides, tap 0 once
     taps = F.pad(taps, (0, 1))  # tap radius + 1 is 0
     j = torch.arange(reach, device=x.device)
-    o = torch.arange(block, device=x.device)[:, None] + radius
+    o = torch.arange(block, device=x.device)[:, None] + radius  # as j, from the padding's start
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size
@@ -958,7 +968,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # is given the whole batch, as `gather` passes back the sum of all ranks' gradients. All ranks must
 # pass the same number of rows.
 #
-# Everything is computed in float32 (float64 if given), whatever the autocast state.
+# Everything is computed in float32 (float64 if given), whatever the autocast state. All ranks must
+# come to each `gather`, one with an empty share of the work too.
 
 
 class _Gather(torch.autograd.Function):
@@ -997,6 +1008,96 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
+    """NT-Xent of two views z1, z2 (B, D): mean over the 2B rows of -log softmax of the pair.
+
+    Similarities are cosines / temperature, a row's own excluded (SimCLR, arXiv 2002.05709, eq. 1).
+    Without information: log(2B - 1), B counted over all ranks. Memory is linear in B, at
+    temperatures below .025 quadratic. Raises ValueError.
+    """
+    z1, z2 = _checked(z1, z2)
+    z = torch.cat([gather(z1), gather(z2)])
+    x = _unit(z, temperature, dim=1, eps=1e-24)
+    first = _ranks()[0] * len(z1)
+    loss = _pair_loss(x, first, first + len(z1), temperature)
+    return (loss / (2 * len(z1))).to(z1.dtype)
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
+    """MoCo's loss: mean over rows of -log(e^(q.k / t) / (e^(q.k / t) + sum_j e^(q.queue_j / t))).
+
+    q, k (B, D): queries and their keys, normalised here. queue (K, D): earlier keys, already
+    normalised; they take no gradient (arXiv 1911.05722, eq. 1). Without information: log(K + 1).
+    Raises ValueError.
+    """
+    q, k = _checked(q, k)
+    if queue.ndim != 2 or queue.shape[1] != q.shape[1]:
+        raise ValueError(f"the queue must be (K, {q.shape[1]}), got {tuple(queue.shape)}")
+    dtype = q.dtype
+    q = _unit(q, temperature, dim=1, eps=1e-24)
+    k = _unit(k, temperature, dim=1, eps=1e-24)
+    keys = queue.detach().to(q.dtype)
+    rows = q / math.sqrt(temperature)  # q and k have norm temperature^-1/2, but keys have norm 1
+    if temperature >= SMALL:
+        log_sums = _QueueSums.apply(rows, keys).log()
+    else:  # in float64, which autocast leaves alone
+        log_sums = (rows @ keys.T).logsumexp(1)
+    return _negative_log_softmax((q * k).sum(1), log_sums).mean().to(dtype)
+
+
+def byol_loss(p: Tensor, z: Tensor) -> Tensor:
+    """Mean over rows of 2 - 2 cos(p, z); p (B, D): predictions, z (B, D): targets.
+
+    From 0 to 4; without information 2 (BYOL, arXiv 2006.07733, eq. 2). z takes gradient unless
+    detached. Raises ValueError.
+    """
+    p, z = _checked(p, z)
+    cosine = (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)
+    return (2 - 2 * cosine).mean()
+
+
+def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> Tensor:
+    """sum_i (1 - C_ii)^2 + redundancy_weight * sum_(i != j) C_ij^2.
+
+    Barlow Twins, arXiv 2103.03230, eq. 1. C (D, D) = A'B / N: cross-correlation of z1, z2 (N, D),
+    each column standardised over the batch of all ranks. Without information: about D. Raises
+    ValueError.
+    """
+    z1, z2 = _checked(z1, z2)
+    with torch.autocast(z1.device.type, enabled=False):
+        a = F.batch_norm(gather(z1), None, None, training=True)
+        b = F.batch_norm(gather(z2), None, None, training=True)
+        n, width = a.shape
+        diagonal = (a * b).mean(0)
+        if n < width:
+            # |A'B|^2 = tr(B'A A'B) = tr(AA' BB') = sum of AA' * BB': N x N matrices, not D x D.
+            gram = (a @ a.T) * (b @ b.T)
+            off_diagonal = gram.sum() / n**2 - diagonal.square().sum()
+        else:
+            off_diagonal = (a.T @ b / n).fill_diagonal_(0).square().sum()
+    return (1 - diagonal).square().sum() + redundancy_weight * off_diagonal
+
+
+def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+    """NT-Xent between dimensions: columns i of z1 and of z2 (N, D) are a pair among the 2D.
+
+    Columns are centred and normalised over the batch of all ranks, so similarities are Pearson
+    correlations (DimCL, arXiv 2309.11782; the scale of its batch norm cancels). Without
+    information: log(2D - 1). The ranks take shares of the D pairs, perhaps none. Raises ValueError.
+    """
+    z1, z2 = _checked(z1, z2)
+    rank, world = _ranks()
+    width = z1.shape[1]
+    z = torch.cat([gather(z1), gather(z2)], 1)
+    x = _unit(z - z.mean(0), temperature, dim=0, eps=1e-12).T
+    first = rank * width // world
+    last = (rank + 1) * width // world
+    loss = _pair_loss(x, first, last, temperature)
+    return (loss * world / (2 * width)).to(z1.dtype)
+
+
+# The sums of exponentials, which are large: made in blocks, with gradients of our own.
+
 # Above this temperature e^(1 / temperature) is below e^40: float32, up to e^88, has room for sums.
 SMALL = 0.025
 
@@ -1004,7 +1105,7 @@ SMALL = 0.025
 def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
     """z scaled so that products of its vectors along `dim` are cosines / temperature.
 
-    In float64 for a temperature below SMALL. eps guards vectors of zero.
+    In float64 for a temperature below SMALL. eps keeps vectors of zero from a division by zero.
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be greater than 0, got {temperature}")
@@ -1021,9 +1122,9 @@ class _PairSums(torch.autograd.Function):
     columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
     dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
 
-    A rank uses S only for its own pairs, first ... last - 1. Say N = 4, first = 2, last = 4: of S,
-    S_2, S_3 and their pairs' S_6, S_7 are right, and the caller takes no others. A block that has
-    none of these as a row or column is skipped; in backward too, for there g is 0 but at these.
+    S is complete only for this rank's pairs, first ... last - 1, and must not be used elsewhere:
+    with N = 4, first = 2, last = 4 for S_2, S_3 and their pairs' S_6, S_7. A block that has none of
+    these as a row or column is skipped; in backward too, for there g is 0 but at these.
     """
 
     @staticmethod
@@ -1078,8 +1179,7 @@ def _block(x: Tensor, size: int, i: int, j: int) -> Tensor:
     e = (rows @ columns.T).exp_()
     half = len(x) // 2
     for distance in (-half, 0, half):  # column - row in E
-        # In the block, which begins at row i size and column j size, column - row is this much
-        # larger. A diagonal outside of the block is empty.
+        # In the block column - row is (i - j) size more. A diagonal outside of it is empty.
         e.diagonal(distance + (i - j) * size).zero_()
     return e
 
@@ -1121,96 +1221,9 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     positive = (pairs[0] * pairs[1]).sum(1)[first:last]
     if temperature >= SMALL:
         log_sums = _PairSums.apply(x, first, last).log().view(2, -1)[:, first:last]
-    else:  # whole rows, whose maximum logsumexp subtracts
+    else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]
         column = torch.arange(len(x), device=x.device) % len(pairs[0])
         products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
         log_sums = products.logsumexp(2)  # (2, last - first)
     return _negative_log_softmax(positive, log_sums).sum()
-
-
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
-    """NT-Xent of two views z1, z2 (B, D): mean over the 2B rows of -log softmax of the pair.
-
-    Similarities are cosines / temperature, a row's own excluded (SimCLR, arXiv 2002.05709, eq. 1).
-    Without information: log(2B - 1), B counted over all ranks. Raises ValueError.
-    """
-    z1, z2 = _checked(z1, z2)
-    z = torch.cat([gather(z1), gather(z2)])
-    x = _unit(z, temperature, dim=1, eps=1e-24)
-    first = _ranks()[0] * len(z1)
-    loss = _pair_loss(x, first, first + len(z1), temperature)
-    return (loss / (2 * len(z1))).to(z1.dtype)
-
-
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
-    """MoCo's loss: mean over rows of -log(e^(q.k / t) / (e^(q.k / t) + sum_j e^(q.queue_j / t))).
-
-    q, k (B, D): queries and their keys, normalised here. queue (K, D): earlier keys, already
-    normalised; they take no gradient (arXiv 1911.05722, eq. 1). Without information: log(K + 1).
-    Raises ValueError.
-    """
-    q, k = _checked(q, k)
-    if queue.ndim != 2 or queue.shape[1] != q.shape[1]:
-        raise ValueError(f"the queue must be (K, {q.shape[1]}), got {tuple(queue.shape)}")
-    dtype = q.dtype
-    q = _unit(q, temperature, dim=1, eps=1e-24)
-    k = _unit(k, temperature, dim=1, eps=1e-24)
-    keys = queue.detach().to(q.dtype)
-    rows = q / math.sqrt(temperature)  # q and k have norm temperature^-1/2, but keys have norm 1
-    if temperature >= SMALL:
-        log_sums = _QueueSums.apply(rows, keys).log()
-    else:
-        log_sums = (rows @ keys.T).logsumexp(1)
-    return _negative_log_softmax((q * k).sum(1), log_sums).mean().to(dtype)
-
-
-def byol_loss(p: Tensor, z: Tensor) -> Tensor:
-    """Mean over rows of 2 - 2 cos(p, z); p (B, D): predictions, z (B, D): targets.
-
-    From 0 to 4; without information 2 (BYOL, arXiv 2006.07733, eq. 2). z takes gradient unless
-    detached. Raises ValueError.
-    """
-    p, z = _checked(p, z)
-    cosine = (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)
-    return (2 - 2 * cosine).mean()
-
-
-def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> Tensor:
-    """sum_i (1 - C_ii)^2 + redundancy_weight * sum_(i != j) C_ij^2.
-
-    Barlow Twins, arXiv 2103.03230, eq. 1. C (D, D) = A'B / N: cross-correlation of z1, z2 (N, D),
-    each column standardised over the batch of all ranks. Without information: about D. Raises
-    ValueError.
-    """
-    z1, z2 = _checked(z1, z2)
-    with torch.autocast(z1.device.type, enabled=False):
-        a = F.batch_norm(gather(z1), None, None, training=True)
-        b = F.batch_norm(gather(z2), None, None, training=True)
-        n, width = a.shape
-        diagonal = (a * b).mean(0)
-        if n < width:
-            # |A'B|^2 = tr(B'A A'B) = tr(AA' BB') = sum of AA' * BB': N x N matrices, not D x D.
-            gram = (a @ a.T) * (b @ b.T)
-            off_diagonal = gram.sum() / n**2 - diagonal.square().sum()
-        else:
-            off_diagonal = (a.T @ b / n).fill_diagonal_(0).square().sum()
-    return (1 - diagonal).square().sum() + redundancy_weight * off_diagonal
-
-
-def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
-    """NT-Xent between dimensions: columns i of z1 and of z2 (N, D) are a pair among the 2D.
-
-    Columns are centred and normalised over the batch of all ranks, so similarities are Pearson
-    correlations (DimCL, arXiv 2309.11782; the scale of its batch norm cancels). Without
-    information: log(2D - 1). The ranks take shares of the D pairs, perhaps none. Raises ValueError.
-    """
-    z1, z2 = _checked(z1, z2)
-    rank, world = _ranks()
-    width = z1.shape[1]
-    z = torch.cat([gather(z1), gather(z2)], 1)
-    x = _unit(z - z.mean(0), temperature, dim=0, eps=1e-12).T
-    first = rank * width // world
-    last = (rank + 1) * width // world
-    loss = _pair_loss(x, first, last, temperature)
-    return (loss * world / (2 * width)).to(z1.dtype)

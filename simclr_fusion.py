@@ -63,8 +63,8 @@ from torchvision.utils import save_image
 # seed: centre crops of the images in their order, for evaluation. generator(*key) draws random
 # numbers that are a function of the key alone; the strings in a key say what for.
 # nt_xent normalises the embeddings of this rank, gathers those of the others with their gradient,
-# and returns this rank's share. The mean of the shares over the ranks is the loss of the whole
-# batch; DistributedDataParallel averages the gradients likewise, so no factor WORLD is needed.
+# and returns the mean loss of this rank's rows. The mean of those over the ranks is the loss of all
+# images; DistributedDataParallel averages the gradients likewise, so no factor WORLD is needed.
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
@@ -143,10 +143,10 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` has the settings in effect: flags, rows of PRESETS, and what `configure` and `fit_method`
-# derive from them: steps, epoch_steps, warmup_steps, peak_lr (already scaled by the batch),
-# chance_loss and others. `given` is the bare command line: a row of PRESETS whose flag is not given
-# is None there.
+# `args` has the settings in effect: flags, rows of PRESETS, what `configure` derives from them
+# (ranks, images: their number, checksum, epoch_steps, steps, warmup_steps, peak_lr: already scaled
+# by the batch) and `fit_method` (chance_loss, only logged, and what the method needs). `given` is
+# the bare command line: a row of PRESETS whose flag is not given is None there.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -243,8 +243,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     `train` sets a group's rate to its peak times the schedule; LARS scales the groups that `adapt`.
     A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
-    drowns each image in the others. AdamW moves a weight by about its rate, the other optimizers by
-    the rate times the gradient: hence two default rates in `fit_method`.
+    drowns each image in the others. The two default rates of `fit_method`, for AdamW, which moves a
+    weight by about its rate, and for the others, changed an image by .5 to 3 % at the end of
+    training (CIFAR images, 16 epochs); no better ones were looked for.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -271,7 +272,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    # The checkpoint's settings hold it, so that a run with fusion continues on as many ranks only.
+    # `resume` compares fusion_width: a run with fusion continues on the same number of ranks only.
     args.fusion_width = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     args.chance_loss = math.log(2 * args.batch_size - 1)  # for the log: if embeddings know nothing
 
@@ -291,7 +292,7 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 def choose_preset(given: Namespace, images: Images) -> dict:
     """The column of PRESETS for the images, fitted to their size and number."""
     side = max(max(size) for size in images.sizes)
-    if given.data in DATA_SETS:
+    if given.data in DATA_SETS:  # shapes, stl10, imagenet100, imagenet
         column = given.data
     elif side <= 48:  # cifar10 and cifar100 as well
         column = "cifar"
@@ -363,11 +364,12 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
+        # What init_process_group() does, but for the prefix: after a restart by torchrun its store
+        # still holds the addresses of the ranks before. Five minutes, if torchrun has been killed.
         try:
-            store, rank, world = next(dist.rendezvous("env://"))
+            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        # After a restart by torchrun the store still holds the addresses of the ranks before.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         patience = timedelta(hours=2)  # rank 0 may have to download
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
@@ -694,8 +696,9 @@ def log_progress(
 
 
 # The end of a run. A signal is noted in STOP; after each step the ranks agree on it, save and end
-# (`asked_to_stop`). It may reach the data workers as well, and end them (`next_views`). A rank
-# whose torchrun has been killed gets SIGTERM from a thread of its own.
+# (`asked_to_stop`). If data workers or other ranks get it too and end first, errors arise: then
+# `next_views` and the end of this file look into STOP. A rank whose torchrun has been killed gets
+# SIGTERM from a thread of its own.
 STOP = []
 PARENT = os.getppid()
 
@@ -743,7 +746,7 @@ def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list
 def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
-    if WORLD > 1 and CUDA:  # on CPUs, for which it does not exist, each rank has its own statistics
+    if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
@@ -766,18 +769,18 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
                 save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # Networks with dropout draw from this; a continued run draws the same numbers.
+        # Networks with dropout draw from this. A function of the step, as all that is random.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
-        # To accumulate gradients over K steps: loss / K; zero_grad, scaler.step, scaler.update at
-        # every K-th step only, the others within parallel.no_sync(); epoch_steps and save_every
-        # multiples of K; peak_lr as for K batches. Negatives and batch norm stay those of a batch.
+        # To accumulate gradients over K steps: divide the loss by K; step, update, zero_grad, save
+        # and stop only if done % K == 0; if WORLD > 1, the other steps within parallel.no_sync();
+        # update a momentum encoder once in K steps; peak_lr as for K batches.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad()
 
         done = step + 1
         # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.

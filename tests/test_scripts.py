@@ -70,7 +70,7 @@ def test_machinery_and_shared_flags_are_the_same(name, start, end):
 
 
 SYNC = [
-    "-    if WORLD > 1 and CUDA:  # on CPUs, for which it does not exist, each rank has its own"
+    "-    if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own"
     " statistics",
     "-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)",
 ]
