@@ -193,9 +193,9 @@ Images = InMemory | OnDisk
 #                 data = bytearray(file.read(os.fsdecode(self.files[index])))
 #             return decode_image(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
 #
-# It is called in the trainer and at the same time in data workers, which are forks of the trainer:
-# a handle that stays open has to be opened anew where os.getpid() is another. `_hold`, which would
-# decode all images at once, does so in threads. For another file format: ENDINGS and `_decode`.
+# It is called in the trainer and in data workers, which are other processes: open a handle that is
+# to stay open at its first use, and anew where os.getpid() is another. `_hold`, which would decode
+# all images at once, does so in threads. For another file format: ENDINGS and `_decode`.
 
 
 def _decode(path: str) -> Tensor:

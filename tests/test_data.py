@@ -6,9 +6,13 @@ import gc
 import hashlib
 import os
 import pickle
+import re
 import signal
 import tarfile
+import textwrap
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +356,26 @@ def test_one_unreadable_file_of_few_is_no_error(tmp_path):
     images.note_broken([3])
     with pytest.raises(DataError, match="2 of 10"):
         images.note_broken([3, 4])
+
+
+def test_the_example_of_a_source_of_ones_own(mixed, tmp_path):
+    """The lines in common.py's comment, as they stand there."""
+    source = Path(common.__file__).read_text()
+    lines = source[source.index("#     class InZip") : source.index("#\n# It is called")]
+    names = vars(common) | {"zipfile": zipfile}
+    exec(textwrap.dedent(re.sub("^#", "", lines, flags=re.M)), names)
+    images = load_data(str(mixed)).train
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for i, name in enumerate(images.files):
+            file.write(images.path(i), name.decode())
+    zipped = names["InZip"](tmp_path / "a.zip", images.files, images.labels)
+    assert zipped.sizes == images.sizes and zipped.checksum == images.checksum
+    for ours, theirs in zip(
+        Batches(zipped, [SMALL], 8, 0).stream([0], torch.device("cpu")),
+        Batches(images, [SMALL], 8, 0).stream([0], torch.device("cpu")),
+        strict=True,
+    ):
+        assert torch.equal(ours[1][0], theirs[1][0])
 
 
 def test_a_store_of_ones_own(mixed):
