@@ -13,6 +13,7 @@ nor that of ranks changes a batch.
 
 import copy
 import hashlib
+import io
 import math
 import os
 import signal
@@ -148,7 +149,9 @@ class OnDisk:
 
     def decode(self, index: int) -> Tensor:
         """Pixels (3, H, W) uint8 of image `index`. Whatever it raises says: unreadable."""
-        return _decode(self.path(index))
+        if not os.path.isfile(self.path(index)):
+            raise OSError("no file")  # a pipe or device, which might never end
+        return _decode(Path(self.path(index)).read_bytes())
 
     def read(self, index: int) -> tuple[Tensor, list[int]]:
         """Pixels (3, H, W) uint8 of image `index`, and the images that proved unreadable.
@@ -190,29 +193,29 @@ Images = InMemory | OnDisk
 #     class InZip(OnDisk):  # InZip("photos.zip", names, labels)
 #         def decode(self, index):
 #             with zipfile.ZipFile(os.fsdecode(self.folder)) as file:
-#                 data = bytearray(file.read(os.fsdecode(self.files[index])))
-#             return decode_image(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+#                 return _decode(file.read(os.fsdecode(self.files[index])))
 #
 # It is called in the trainer and in data workers, which are other processes: open a handle that is
-# to stay open at its first use, and anew where os.getpid() is another. `_hold`, which would decode
-# all images at once, does so in threads. For another file format: ENDINGS and `_decode`.
+# to stay open at its first use, and anew where os.getpid() is another. `_hold`, below, which takes
+# small images into memory, calls it in threads. For another file format: ENDINGS and `_decode`.
 
 
-def _decode(path: str) -> Tensor:
-    """(3, H, W) uint8 of an image file."""
-    if path.lower().endswith(".png"):
-        return _decode_by_pillow(path)  # torchvision's decoder ends the process at a damaged PNG
+def _decode(content: bytes) -> Tensor:
+    """(3, H, W) uint8 of the content of an image file."""
+    if content.startswith(b"\x89PNG"):
+        return _decode_by_pillow(content)  # torchvision's decoder ends the process at a damaged PNG
     try:
-        pixels = decode_image(path, mode=ImageReadMode.RGB)
+        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        pixels = decode_image(pixels, mode=ImageReadMode.RGB)
     except RuntimeError:  # torchvision has no decoder for BMP, TIFF and others
-        return _decode_by_pillow(path)
+        return _decode_by_pillow(content)
     return pixels[0] if pixels.ndim == 4 else pixels  # of an animated GIF the first image
 
 
-def _decode_by_pillow(path: str) -> Tensor:
+def _decode_by_pillow(content: bytes) -> Tensor:
     from PIL import Image  # comes with torchvision
 
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(content)) as image:
         if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip to white
             gray = (np.asarray(image) >> 8).astype(np.uint8)
             return torch.from_numpy(gray).repeat(3, 1, 1)
@@ -394,64 +397,6 @@ def _read_archive(kind: type, root: str) -> Data:
     return Data(train, train, val)
 
 
-# The ten classes of drawn shapes: about the distance of (x, y) from the edge, negative within.
-
-
-def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
-    return np.maximum(abs(x) - width, abs(y) - height)
-
-
-_FIGURES = {
-    "disc": lambda x, y: np.hypot(x, y) - 0.8,
-    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,
-    "square": lambda x, y: _box(x, y, 0.7, 0.7),
-    "frame": lambda x, y: abs(_box(x, y, 0.65, 0.65)) - 0.15,
-    "triangle": lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,
-    "cross": lambda x, y: np.minimum(_box(x, y, 0.9, 0.25), _box(x, y, 0.25, 0.9)),
-    "star": lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
-    "bar": lambda x, y: _box(x, y, 1.0, 0.22),
-    "two dots": lambda x, y: np.hypot(abs(x) - 0.55, y) - 0.38,
-}
-
-
-def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
-    """Drawn shapes; colour, place, size, rotation, background and noise say nothing of the class.
-
-    Colours are pale: strong ones would tell images apart better than shapes do, and training would
-    learn little else.
-    """
-    rng = np.random.default_rng(seed)
-    labels = np.arange(count) % len(_FIGURES)
-
-    def draw(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
-
-    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled.
-    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    scale = draw(0.65, 0.95, 1, 1)
-    angle = draw(-np.pi / 2, np.pi / 2, 1, 1)
-    dx = grid - draw(-0.15, 0.15, 1, 1)
-    dy = grid[:, None] - draw(-0.15, 0.15, 1, 1)
-    x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
-    y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
-
-    distance = np.empty_like(x)
-    for label, figure in enumerate(_FIGURES.values()):
-        mine = labels == label
-        distance[mine] = figure(x[mine], y[mine])
-    in_pixels = distance * scale * size / 2  # the image is 2 wide, or `size` pixels
-    cover = np.clip(0.5 - in_pixels, 0, 1)[:, None]  # 0 outside, 1 within, a soft edge of a pixel
-    level = draw(0.15, 0.85, 1, 1, 1)
-    contrast = draw(0.3, 0.6, 1, 1, 1)
-    front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
-    back = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * x[:, None]
-    noise = 0.04 * rng.standard_normal(back.shape, np.float32)
-    image = back + (cover * (front - back) + noise)
-    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    return InMemory(torch.from_numpy(pixels), labels)
-
-
 @lru_cache(maxsize=2)  # once an epoch, not at each step: there may be millions
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
@@ -559,7 +504,7 @@ class Batches(torch.utils.data.Dataset):
         try:
             batches = iter(loader)
             # torch has now installed a handler that raises when a worker dies, wherever the trainer
-            # is. Without it `yield from` raises, which looks after its workers while it waits.
+            # is. Without that handler the loader raises, below, when it next waits for a batch.
             if signal.getsignal(signal.SIGCHLD) is not handler:
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
@@ -605,12 +550,70 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
     # Decoders give colours innermost (channels_last), where interpolate is faster. It recognises
-    # that by all four strides, of which image[None] would get the first one wrong.
+    # that by all four strides, of which image[None] would have the first one 3 instead of 3HW.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
     view = view[0].permute(1, 2, 0)
     out.copy_(view.flip(1) if flip else view)
+
+
+# The ten classes of drawn shapes: about the distance of (x, y) from the edge, negative within.
+
+
+def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
+    return np.maximum(abs(x) - width, abs(y) - height)
+
+
+_FIGURES = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.8,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,
+    "square": lambda x, y: _box(x, y, 0.7, 0.7),
+    "frame": lambda x, y: abs(_box(x, y, 0.65, 0.65)) - 0.15,
+    "triangle": lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.9, 0.25), _box(x, y, 0.25, 0.9)),
+    "star": lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
+    "bar": lambda x, y: _box(x, y, 1.0, 0.22),
+    "two dots": lambda x, y: np.hypot(abs(x) - 0.55, y) - 0.38,
+}
+
+
+def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
+    """Drawn shapes; colour, place, size, rotation, background and noise say nothing of the class.
+
+    Colours are pale: strong ones would tell images apart better than shapes do, and training would
+    learn little else.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % len(_FIGURES)
+
+    def draw(low: float, high: float, *shape: int) -> np.ndarray:
+        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+
+    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled.
+    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
+    scale = draw(0.65, 0.95, 1, 1)
+    angle = draw(-np.pi / 2, np.pi / 2, 1, 1)
+    dx = grid - draw(-0.15, 0.15, 1, 1)
+    dy = grid[:, None] - draw(-0.15, 0.15, 1, 1)
+    x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
+    y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
+
+    distance = np.empty_like(x)
+    for label, figure in enumerate(_FIGURES.values()):
+        mine = labels == label
+        distance[mine] = figure(x[mine], y[mine])
+    in_pixels = distance * scale * size / 2  # the image is 2 wide, or `size` pixels
+    cover = np.clip(0.5 - in_pixels, 0, 1)[:, None]  # 0 outside, 1 within, a soft edge of a pixel
+    level = draw(0.15, 0.85, 1, 1, 1)
+    contrast = draw(0.3, 0.6, 1, 1, 1)
+    front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
+    back = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * x[:, None]
+    noise = 0.04 * rng.standard_normal(back.shape, np.float32)
+    image = back + (cover * (front - back) + noise)
+    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return InMemory(torch.from_numpy(pixels), labels)
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -620,7 +623,8 @@ Sides = int | np.ndarray  # in pixels: of all images, or of each (n,)
 # What is random about a view: uniform numbers in [0, 1). Each is drawn for all samples before the
 # next one is, so that a number appended at the end leaves the others what they are.
 #
-# To add an operation: a field in Augment, a name at the end of _SINGLE, a line in `apply`.
+# To add an operation: a field in Augment, a name at the end of _SINGLE, a line in `apply`; for a
+# random strength one more name, which `_parameters` turns into values.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
 NUMBERS = np.dtype(
     [
@@ -643,7 +647,7 @@ class Augment:
     order of its own. Each operation is that of torchvision.transforms on float tensors in [0, 1].
     """
 
-    size: int = 224  # pixels a side; with blur more than 3.3 times the largest sigma + 1
+    size: int = 224  # pixels a side; with blur more than 3.3 sigma[1] + 1
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -882,10 +886,12 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 #     r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
 #     g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
 #     b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
-# which is p with the sign of g - b in all cases. Back: g is M where the hue is up to 1/6 from 1/3,
-# m where it is 1/3 or more away, and linear between: M + d - 6d c, c being the distance clamped to
-# [1/6, 1/3]. b: the same about 2/3. r has its hue at 0 and at 1; with the distance from the
-# opposite 1/2 it is m - d + 6d c. Where a pixel is gray, d is 0, and all of these are m.
+# which is p with the sign of g - b in all cases, as p >= 0. Back, with c(h) the distance of the hue
+# from h, clamped to [1/6, 1/3]:
+#     g = M + d - 6d c(1/3)    M up to 1/6 from its own hue 1/3, m from 1/3 on, linear between
+#     b = M + d - 6d c(2/3)    likewise
+#     r = m - d + 6d c(1/2)    by the distance from the hue opposite of its own, 0 and 1
+# Where a pixel is gray, d is 0, and all three are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -924,9 +930,9 @@ def _solarize(x: Tensor) -> Tensor:
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur of x (n, 3, s, s), of 2 radius + 1 taps, with a sigma (n,) for each sample.
 
-    As a product with a matrix for the rows, then one for the columns. Output o takes tap |j - o| of
-    pixel j, so the matrix is a band: `block` neighbouring outputs need `reach` = block + 2 radius
-    pixels, and one small matrix (block, reach) serves all blocks of both directions.
+    As a product with a matrix for the rows, then one for the columns. Output o weights pixel j with
+    tap |j - o|, so the matrix is a band: `block` neighbouring outputs need `reach` pixels, which is
+    block + 2 radius, and one small matrix (block, reach) serves all blocks of both directions.
     """
     size = x.shape[3]
     blocks = math.ceil(size / 32)
@@ -938,7 +944,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]  # both sides, tap 0 once
     taps = F.pad(taps, (0, 1))  # tap radius + 1 is 0
     j = torch.arange(reach, device=x.device)
-    o = torch.arange(block, device=x.device)[:, None] + radius  # as j, from the padding's start
+    o = torch.arange(block, device=x.device)[:, None] + radius  # where o lies among these pixels
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size
@@ -969,7 +975,7 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # pass the same number of rows.
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state. All ranks must
-# come to each `gather`, one with an empty share of the work too.
+# call each `gather` and run its backward, one with an empty share of the work too.
 
 
 class _Gather(torch.autograd.Function):
@@ -1122,9 +1128,9 @@ class _PairSums(torch.autograd.Function):
     columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
     dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
 
-    S is complete only for this rank's pairs, first ... last - 1, and must not be used elsewhere:
-    with N = 4, first = 2, last = 4 for S_2, S_3 and their pairs' S_6, S_7. A block that has none of
-    these as a row or column is skipped; in backward too, for there g is 0 but at these.
+    S is complete only for this rank's pairs, first ... last - 1, and must not be used elsewhere.
+    With N = 4, first = 2, last = 4, for example, complete are S_2, S_3, S_6 and S_7. A block that
+    has none of these as a row or column is skipped; in backward too, where g is 0 but at these.
     """
 
     @staticmethod
@@ -1132,7 +1138,7 @@ class _PairSums(torch.autograd.Function):
         ctx.size = 256 if x.device.type == "cpu" else 4096
         ctx.kept = {}
         ctx.visits = _visits(len(x), ctx.size, first, last)
-        tiny = torch.finfo(x.dtype).tiny  # of one pair alone the sum is empty, and its log is taken
+        tiny = torch.finfo(x.dtype).tiny  # with N = 1 the sum is empty, and its log is taken
         sums = x.new_full((len(x),), tiny)
         parts = sums.split(ctx.size)
         with torch.autocast(x.device.type, enabled=False):
@@ -1179,7 +1185,7 @@ def _block(x: Tensor, size: int, i: int, j: int) -> Tensor:
     e = (rows @ columns.T).exp_()
     half = len(x) // 2
     for distance in (-half, 0, half):  # column - row in E
-        # In the block column - row is (i - j) size more. A diagonal outside of it is empty.
+        # Counted in the block, column - row is (i - j) size more. A diagonal outside is empty.
         e.diagonal(distance + (i - j) * size).zero_()
     return e
 

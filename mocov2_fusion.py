@@ -94,9 +94,9 @@ DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cp
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
 # images get the column of those of similar size. A flag that is given wins over its row.
-# `choose_preset` and `fit_method` reduce a batch, warm-up or queue of the table, but none that is
-# given, to what the images and the epochs allow. A stem of None is `small` for views of up to
-# 64 px, else `imagenet`.
+# `choose_preset` and `fit_method` lower batch_size, warmup_epochs and queue_size of the table where
+# there are few images or epochs; they never change what is given. A stem of None: `small` for views
+# of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -170,10 +170,10 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` has the settings in effect: flags, rows of PRESETS, what `configure` derives from them
-# (ranks, images: their number, checksum, epoch_steps, steps, warmup_steps, peak_lr: already scaled
-# by the batch) and `fit_method` (chance_loss, only logged, and what the method needs). `given` is
-# the bare command line: a row of PRESETS whose flag is not given is None there.
+# `args` has the settings in effect: flags and rows of PRESETS; from `configure` ranks, images (how
+# many), checksum, epoch_steps, steps, warmup_steps and peak_lr (already scaled by the batch); from
+# `fit_method` chance_loss, which is only logged, and what the method needs. `given` is the bare
+# command line: a row of PRESETS whose flag is not given is None there.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -255,7 +255,7 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)  # one for both directions
+        order = self.random_order(len(x2), "fusion", step, RANK)  # the same if called twice
         return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
 
     @torch.no_grad()
@@ -263,8 +263,8 @@ class Method(nn.Module):
         """Fused images (B, 3, H, W) -> normalised keys of all ranks (WORLD B, D), in their order.
 
         Batch norm is per rank. Keys are made among other images than their queries, by a random
-        exchange between the ranks: else both could be told by the statistics of their batch. One
-        rank alone has nobody to exchange with.
+        exchange between the ranks: else a query could recognise its key by the statistics of the
+        batch that they share. One rank alone has nobody to exchange with.
         """
         everyone = gather(x)
         order = self.random_order(len(everyone), "keys", step)
@@ -319,9 +319,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     `train` sets a group's rate to its peak times the schedule; LARS scales the groups that `adapt`.
     A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
-    drowns each image in the others. The two default rates of `fit_method`, for AdamW, which moves a
-    weight by about its rate, and for the others, changed an image by .5 to 3 % at the end of
-    training (CIFAR images, 16 epochs); no better ones were looked for.
+    drowns each image in the others. The defaults of `fit_method` changed an image by .5 to 3 % at
+    the end of 16 epochs on CIFAR images; better ones were not looked for. AdamW has its own default
+    since it moves a weight by about the rate, whatever the gradient.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -348,24 +348,118 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    # `resume` compares fusion_width: a run with fusion continues on the same number of ranks only.
+    # Held by the checkpoint's settings, as `ranks` is not: with fusion a run has to continue on the
+    # same number of ranks.
     args.fusion_width = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
     if given.key_momentum is not None:
         args.final_momentum = max(args.final_momentum, args.key_momentum)
     if given.queue_size is None:
-        # At most two thirds of the images: then 2 of 9 queries meet a key of their own image among
-        # the negatives. If the queue had all images, half of the queries would.
+        # At most two thirds of the images: the longer the queue, the more queries meet a key of
+        # their own image among the negatives.
         largest = max(args.batch_size, min(args.queue_size, args.images * 2 // 3))
         args.queue_size = largest // args.batch_size * args.batch_size
     if args.queue_size % args.batch_size or args.queue_size > args.images:
         fits = f"a multiple of the batch {args.batch_size}, up to the {args.images} images"
         refuse(f"--queue-size {args.queue_size} must be {fits}")
-    args.chance_loss = math.log(args.queue_size + 1)  # for the log: if embeddings know nothing
+    args.chance_loss = math.log(args.queue_size + 1)  # of embeddings that know nothing
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
+    """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
+    model = Method(backbone, args).to(DEVICE)
+    optimizer = build_optimizer(parameter_groups(model, args), args)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    run = Path(args.run_dir)
+    start = resume(run / "checkpoint.pt", args, parts)
+    log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
+    if args.compile:
+        backbone.compile()
+    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    stream = view_stream(range(start, args.steps), data, args, args.workers)
+
+    history, began, waited = [], time.perf_counter(), 0.0
+    for step in range(start, args.steps):
+        asked = time.perf_counter()
+        views = next_views(stream, step, data, args)
+        waited += time.perf_counter() - asked
+        if step in (0, args.steps - 1):
+            with torch.no_grad():  # columns: both views, both fused (at first the same)
+                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
+        # Networks with dropout draw from this. A function of the step, as all that is random.
+        torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
+
+        # To accumulate gradients over K steps, K a divisor of epoch_steps: divide the loss by K;
+        # put the three calls after backward, and what saves and stops below, under
+        # `if (step + 1) % K == 0`; multiply `scale` in configure by K.
+        with autocast(args):
+            loss, to_log, z = parallel(*views, step)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        done = step + 1
+        # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
+        std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
+        values = {"loss": loss, **to_log, "std": std}
+        history.append({key: value.detach() for key, value in values.items()})
+        if done % args.log_every == 0 or done == args.steps:
+            lr = optimizer.param_groups[0]["lr"]
+            log_progress(log, args, done, history, lr, began, waited)
+            history, began, waited = [], time.perf_counter(), 0.0
+        epoch_ends = done % args.epoch_steps == 0
+        stop = asked_to_stop()
+        if stop or epoch_ends or (args.save_every and done % args.save_every == 0):
+            if RANK == 0:
+                save_checkpoint(run / "checkpoint.pt", args, parts, done)
+        if stop:
+            log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
+            # The first rank to end makes torchrun end the others: rank 0 must have saved before.
+            sum_over_ranks(torch.tensor(0))
+            sys.exit(128 + stop)
+        if args.probe_every and data.train is not None and done < args.steps:
+            if done % (args.probe_every * args.epoch_steps) == 0:
+                paused = time.perf_counter()
+                log("probe", done, **linear_probe(backbone, data, args))
+                began += time.perf_counter() - paused
+    if RANK == 0:
+        save(backbone.state_dict(), run / "backbone.pt")
+
+
+def main() -> None:
+    torch.set_flush_denormal(True)  # CPUs take twenty times as long for denormal numbers
+    set_signals(signal.SIG_DFL)  # only training has something to save
+    join_ranks()
+    args, data = configure()
+    backbone = build_backbone(args)
+    log = Log(args)
+    if data.train is None:
+        log("warning", 0, text="the images have no labels: no linear probe")
+    if args.precision == "fp16" and not CUDA:
+        log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
+    if args.eval:
+        with readable(Path(args.eval)):
+            backbone.load_state_dict(read(Path(args.eval)))
+        return evaluate(backbone, data, args, log, 0)
+    set_signals(note_signal)
+    train(backbone, data, args, log)
+    set_signals(signal.SIG_DFL)
+    if STOP:  # it came after the last step
+        sys.exit(128 + STOP[0])
+    return evaluate(backbone, data, args, log, args.steps)
 
 
 # ------------------------------------------------------ machinery: the same in all five scripts
+#
+# In the order of a run: settings, ranks, network, optimizer, log, checkpoint, probe, pictures, end.
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
@@ -389,7 +483,7 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     else:
         column = "imagenet100"
     preset = {key: row[DATA_SETS.index(column)] for key, row in PRESETS.items()}
-    preset["preset"] = column
+    preset["preset"] = column  # for the log
     preset["image_size"] = max(8, side) if side <= 128 else 224
     if preset["stem"] is None:
         small = (given.image_size or preset["image_size"]) <= 64
@@ -452,14 +546,16 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        # What init_process_group() does, but for the prefix: after a restart by torchrun its store
-        # still holds the addresses of the ranks before. Five minutes, if torchrun has been killed.
+        # As init_process_group() does, but for two things. Torchrun has its store before its ranks:
+        # if that does not answer soon (it is tried twice), torchrun has been killed. And after a
+        # restart the store still holds the addresses of the ranks before.
         try:
-            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        except ValueError as error:
-            refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=6)))
+        except (ValueError, dist.DistError) as error:
+            refuse(f"RANK or WORLD_SIZE is set, but torchrun does not answer: {error}", 1)
         patience = timedelta(hours=2)  # rank 0 may have to download
+        store.set_timeout(patience)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
 
@@ -470,7 +566,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Each rank's batch norm has running averages of its own if it isn't synchronised."""
+    """Running averages of batch norm that isn't synchronised differ after the last forward."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -747,7 +843,8 @@ def save_neighbours(
     q, x = features(backbone, queries, args), features(backbone, images, args)
     nearest = (F.normalize(q) @ F.normalize(x).T).topk(min(8, len(x))).indices.cpu().numpy()
     columns = []
-    for found in [queries, *(images.take(column) for column in nearest.T)]:
+    nearest_first = [images.take(column) for column in nearest.T]
+    for found in [queries, *nearest_first]:
         _, (pictures,) = next(Batches(found, [Augment(96)], len(found)).stream([0], DEVICE))
         columns.append(pictures)
     save_pictures(path, columns)
@@ -799,8 +896,9 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # under torchrun, which passes signals on, one may come twice
-        set_signals(signal.SIG_DFL)  # the next one ends at once
+    # The next one ends at once; not under torchrun, which passes them on: one may come twice.
+    if "RANK" not in os.environ:
+        set_signals(signal.SIG_DFL)
 
 
 def set_signals(handler: object) -> None:
@@ -818,105 +916,14 @@ def asked_to_stop() -> int:
 
 
 def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list[Tensor]:
+    """If a signal has killed the workers, one step more without them: all ranks save after it."""
     try:
         return next(stream)[1]
     except DataError:
-        time.sleep(1)  # the workers may have died of a signal that reaches this process later
+        time.sleep(1)  # the signal may reach this process later than its workers
         if not STOP:
             raise
-        # One more step, without workers: all ranks are to save after the same one.
         return next(view_stream(range(step, step + 1), data, args, 0))[1]
-
-
-# ------------------------------------------------------------------------------------- training
-
-
-def train(backbone: nn.Module, data: Data, args: Namespace, log: Log) -> None:
-    """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
-    model = Method(backbone, args).to(DEVICE)
-    optimizer = build_optimizer(parameter_groups(model, args), args)
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    run = Path(args.run_dir)
-    start = resume(run / "checkpoint.pt", args, parts)
-    log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
-    if args.compile:
-        backbone.compile()
-    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    stream = view_stream(range(start, args.steps), data, args, args.workers)
-
-    history, began, waited = [], time.perf_counter(), 0.0
-    for step in range(start, args.steps):
-        asked = time.perf_counter()
-        views = next_views(stream, step, data, args)
-        waited += time.perf_counter() - asked
-        if step in (0, args.steps - 1):
-            with torch.no_grad():  # columns: both views, both fused (at first the same)
-                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # Networks with dropout draw from this. A function of the step, as all that is random.
-        torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
-
-        # To accumulate gradients over K steps: divide the loss by K; step, update, zero_grad, save
-        # and stop only if done % K == 0; if WORLD > 1, the other steps within parallel.no_sync();
-        # update a momentum encoder once in K steps; peak_lr as for K batches.
-        with autocast(args):
-            loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        done = step + 1
-        # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
-        std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
-        values = {"loss": loss, **to_log, "std": std}
-        history.append({key: value.detach() for key, value in values.items()})
-        if done % args.log_every == 0 or done == args.steps:
-            lr = optimizer.param_groups[0]["lr"]
-            log_progress(log, args, done, history, lr, began, waited)
-            history, began, waited = [], time.perf_counter(), 0.0
-        epoch_ends = done % args.epoch_steps == 0
-        stop = asked_to_stop()
-        if stop or epoch_ends or (args.save_every and done % args.save_every == 0):
-            if RANK == 0:
-                save_checkpoint(run / "checkpoint.pt", args, parts, done)
-        if stop:
-            log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
-            # The first rank to end makes torchrun end the others: rank 0 must have saved before.
-            sum_over_ranks(torch.tensor(0))
-            sys.exit(128 + stop)
-        if args.probe_every and data.train is not None and done < args.steps:
-            if done % (args.probe_every * args.epoch_steps) == 0:
-                paused = time.perf_counter()
-                log("probe", done, **linear_probe(backbone, data, args))
-                began += time.perf_counter() - paused
-    if RANK == 0:
-        save(backbone.state_dict(), run / "backbone.pt")
-
-
-def main() -> None:
-    torch.set_flush_denormal(True)  # CPUs take twenty times as long for denormal numbers
-    set_signals(signal.SIG_DFL)  # only training has something to save
-    join_ranks()
-    args, data = configure()
-    backbone = build_backbone(args)
-    log = Log(args)
-    if data.train is None:
-        log("warning", 0, text="the images have no labels: no linear probe")
-    if args.precision == "fp16" and not CUDA:
-        log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
-    if args.eval:
-        with readable(Path(args.eval)):
-            backbone.load_state_dict(read(Path(args.eval)))
-        return evaluate(backbone, data, args, log, 0)
-    set_signals(note_signal)
-    train(backbone, data, args, log)
-    set_signals(signal.SIG_DFL)
-    if STOP:  # it came after the last step
-        sys.exit(128 + STOP[0])
-    return evaluate(backbone, data, args, log, args.steps)
 
 
 if __name__ == "__main__":
