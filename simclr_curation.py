@@ -449,8 +449,10 @@ def join_ranks() -> None:
         # restart the store still holds the addresses of the ranks before.
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=6)))
-        except (ValueError, dist.DistError) as error:
-            refuse(f"RANK or WORLD_SIZE is set, but torchrun does not answer: {error}", 1)
+        except ValueError as error:
+            refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
+        except dist.DistError as error:
+            refuse(f"torchrun does not answer: {error}", 1)
         patience = timedelta(hours=2)  # rank 0 may have to download
         store.set_timeout(patience)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -570,7 +572,8 @@ class Log:
             return
         run = Path(args.run_dir)
         run.mkdir(parents=True, exist_ok=True)
-        self.file = (run / "metrics.jsonl").open("a+")
+        # Opened once only, as closing it anywhere would end the lock. latin-1 reads any bytes.
+        self.file = (run / "metrics.jsonl").open("a+", encoding="latin-1")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except (BlockingIOError, PermissionError):
@@ -617,7 +620,10 @@ def read(path: Path) -> dict:
         damaged = file.testzip()
     if damaged:
         raise ValueError(f"{damaged} in it is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError("it holds something else")
+    return content
 
 
 @contextmanager

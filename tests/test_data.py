@@ -316,15 +316,15 @@ def test_an_unreadable_file_is_named_once_and_replaced(tmp_path, capsys, kind):
     assert err.count("class_0/5.jpg") == 1 and err.count("\n") == 1
 
 
-def test_a_damaged_png_is_no_crash(tmp_path):
-    """torchvision's decoder ends the process at a PNG with a wrong byte."""
+@pytest.mark.parametrize("name", ["0.png", "0.jpg"])
+def test_a_damaged_png_is_no_crash(name, tmp_path):
+    """torchvision's decoder ends the process at a PNG with a wrong byte, whatever its name is."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
-    for i in range(2):
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    whole = bytearray((tmp_path / "0.png").read_bytes())
+    Image.fromarray(pixels).save(tmp_path / "1.png")
+    whole = bytearray((tmp_path / "1.png").read_bytes())
     whole[len(whole) // 2] ^= 255
-    (tmp_path / "0.png").write_bytes(whole)
-    read, unreadable = OnDisk(tmp_path, np.array([b"0.png", b"1.png"])).read(0)
+    (tmp_path / name).write_bytes(whole)
+    read, unreadable = OnDisk(tmp_path, np.array([name.encode(), b"1.png"])).read(0)
     assert unreadable == [0] and read.permute(1, 2, 0).equal(torch.from_numpy(pixels))
 
 

@@ -248,7 +248,7 @@ def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkey
     """As one of three ranks: refused before any of the others is needed, and told by rank 0."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     met = [(torch.distributed.HashStore(), 0, 3)]
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter(met))
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter(met))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
     run = tmp_path / "run"
     words = [*flags("simclr_fusion"), "--data", images, "--run-dir", run]

@@ -908,7 +908,7 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(machine, tmp_path, cap
     machine.save_checkpoint(path, run.args, parts_of(run), 5)
     whole, good = path.read_bytes(), machine.read(path)
     kinds = {"cut": whole[:-1000], "half": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}
-    kinds |= {"foreign": {"state_dict": {}, "epoch": 3}, "list": [1, 2]}
+    kinds |= {"foreign": {"state_dict": {}, "epoch": 3}, "list": [1, 2], "a": torch.ones(3)}
     kinds |= {f"no {key}": {k: v for k, v in good.items() if k != key} for key in good}
     kinds |= {f"{step!r}": good | {"step": step} for step in ("5", 0, -1, 9, 10**6, None, 2.5)}
     changes = {"lr": 0.5, "checksum": 1, "images": 63, "fusion_width": 8, "preset": "cifar"}
@@ -1037,8 +1037,8 @@ def test_a_step_whose_workers_were_signalled_too(script, monkeypatch):
 def test_a_torn_last_line_is_dropped(machine, tmp_path):
     args, _ = configured(machine, f"--run-dir {tmp_path}")
     path = tmp_path / "metrics.jsonl"
-    for torn in ("", '{"event": "train", "st'):
-        path.write_text('{"event": "args", "step": 0}\n' + torn)
+    for torn in (b"", b'{"event": "train", "st', b"\xff"):
+        path.write_bytes(b'{"event": "args", "step": 0}\n' + torn)
         machine.Log(args)("probe", 3, top1=50.0)
         events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
         assert events == ["args", "probe"]
