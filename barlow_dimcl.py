@@ -125,7 +125,7 @@ flag("--barlow-scale", type=float, help="s, the factor of Barlow's loss")
 flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL; 0: plain Barlow Twins")
 flag("--dimcl-temperature", type=float, default=0.1, help="of DimCL's NT-Xent")
 # The flags below are the same in every script.
-flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, imagenet or a folder")
+flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
 flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
 flag("--eval", help="a backbone.pt: only run the linear probe on it")
@@ -254,9 +254,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Networks with dropout draw from this. A function of the step, as all that is random.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
-        # To accumulate gradients over K steps, K a divisor of epoch_steps: divide the loss by K;
-        # put the three calls after backward, and what saves and stops below, under
-        # `if (step + 1) % K == 0`; multiply `scale` in configure by K.
+        # To accumulate gradients over K steps: backward of loss / K; the three calls after it, and
+        # below from `stop =` to sys.exit, under `if (step + 1) % K == 0`; in configure epoch_steps
+        # rounded down to a multiple of K, and `scale` times K. Negatives stay those of one batch.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         scaler.scale(loss).backward()
@@ -404,8 +404,8 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        # As init_process_group() does, but for two things. Torchrun has its store before its ranks:
-        # if that does not answer soon (it is tried twice), torchrun has been killed. And after a
+        # As init_process_group() does, but for two things. Torchrun starts its store before its
+        # ranks: if the store does not answer within seconds, torchrun has been killed. And after a
         # restart the store still holds the addresses of the ranks before.
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=6)))
@@ -639,7 +639,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order, whole batches, of which each rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Batches are not split: each rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):

@@ -187,10 +187,10 @@ class OnDisk:
 
 Images = InMemory | OnDisk
 
-# For images kept in another way, return from a branch of `load_data`, beside `shapes`, an InMemory
-# or a subclass of OnDisk. It needs a `decode`; `files` may hold anything that names an image:
+# For images kept in another way, return from a branch of `load_data`, beside `shapes`, a Data of
+# InMemory or of a subclass of OnDisk with a `decode` of its own:
 #
-#     class InZip(OnDisk):  # InZip("photos.zip", names, labels)
+#     class InZip(OnDisk):  # InZip("photos.zip", np.array([b"cat/1.jpg", b"cat/2.jpg"]), labels)
 #         def decode(self, index):
 #             with zipfile.ZipFile(os.fsdecode(self.folder)) as file:
 #                 return _decode(file.read(os.fsdecode(self.files[index])))
@@ -503,8 +503,8 @@ class Batches(torch.utils.data.Dataset):
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(loader)
-            # torch has now installed a handler that raises when a worker dies, wherever the trainer
-            # is. Without that handler the loader raises, below, when it next waits for a batch.
+            # torch has now installed a handler that raises when a worker dies, in whatever line the
+            # trainer is. With the old one the loader raises, below, when it next waits for a batch.
             if signal.getsignal(signal.SIGCHLD) is not handler:
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
@@ -550,7 +550,7 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
     # Decoders give colours innermost (channels_last), where interpolate is faster. It recognises
-    # that by all four strides, of which image[None] would have the first one 3 instead of 3HW.
+    # that by all four strides: image[None] has a wrong first one, and is slow.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -624,7 +624,7 @@ Sides = int | np.ndarray  # in pixels: of all images, or of each (n,)
 # next one is, so that a number appended at the end leaves the others what they are.
 #
 # To add an operation: a field in Augment, a name at the end of _SINGLE, a line in `apply`; for a
-# random strength one more name, which `_parameters` turns into values.
+# random strength one more name, treated as "sigma" is. Its default must be off.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
 NUMBERS = np.dtype(
     [
@@ -647,7 +647,7 @@ class Augment:
     order of its own. Each operation is that of torchvision.transforms on float tensors in [0, 1].
     """
 
-    size: int = 224  # pixels a side; with blur more than 3.3 sigma[1] + 1
+    size: int = 224  # pixels a side; with blur, which reflects, more than 3.3 sigma[1] + 1
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -787,7 +787,7 @@ class Augment:
 def _chunks(count: int, size: int, device: torch.device) -> list[slice]:
     """`count` samples in parts: all for a GPU, for a CPU as many as its cache holds.
 
-    Above 64 px that is one sample, which is in order without a copy.
+    Above 64 px that is one sample, which `_jitter` need not sort.
     """
     if device.type != "cpu":
         return [slice(0, count)]
@@ -890,7 +890,7 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # from h, clamped to [1/6, 1/3]:
 #     g = M + d - 6d c(1/3)    M up to 1/6 from its own hue 1/3, m from 1/3 on, linear between
 #     b = M + d - 6d c(2/3)    likewise
-#     r = m - d + 6d c(1/2)    by the distance from the hue opposite of its own, 0 and 1
+#     r = m - d + 6d c(1/2)    likewise, but 1/2 is opposite of its own hue, 0 or 1
 # Where a pixel is gray, d is 0, and all three are m.
 
 
@@ -942,7 +942,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     # At least e^-60: products with denormal numbers take twenty times as long.
     taps = (-0.5 * taps**2).clamp_(min=-60).exp_()
     taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]  # both sides, tap 0 once
-    taps = F.pad(taps, (0, 1))  # tap radius + 1 is 0
+    taps = F.pad(taps, (0, 1))  # tap radius + 1, 0, is that of all pixels farther away
     j = torch.arange(reach, device=x.device)
     o = torch.arange(block, device=x.device)[:, None] + radius  # where o lies among these pixels
     tap = (j - o).abs().clamp_(max=radius + 1)
@@ -1014,6 +1014,22 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
+# From this temperature on e^(1 / temperature) is at most e^40: float32, up to e^88, holds sums.
+FLOAT32_OK = 0.025
+
+
+def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
+    """z scaled so that products of its vectors along `dim` are cosines / temperature.
+
+    In float64 for a temperature below FLOAT32_OK. eps: no division by zero for vectors of zero.
+    """
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be greater than 0, got {temperature}")
+    if temperature < FLOAT32_OK:
+        z = z.double()
+    return z * (temperature * (z.square().sum(dim, keepdim=True) + eps)).rsqrt()
+
+
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """NT-Xent of two views z1, z2 (B, D): mean over the 2B rows of -log softmax of the pair.
 
@@ -1044,7 +1060,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
     k = _unit(k, temperature, dim=1, eps=1e-24)
     keys = queue.detach().to(q.dtype)
     rows = q / math.sqrt(temperature)  # q and k have norm temperature^-1/2, but keys have norm 1
-    if temperature >= SMALL:
+    if temperature >= FLOAT32_OK:
         log_sums = _QueueSums.apply(rows, keys).log()
     else:  # in float64, which autocast leaves alone
         log_sums = (rows @ keys.T).logsumexp(1)
@@ -1104,21 +1120,6 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
 
 # The sums of exponentials, which are large: made in blocks, with gradients of our own.
 
-# Above this temperature e^(1 / temperature) is below e^40: float32, up to e^88, has room for sums.
-SMALL = 0.025
-
-
-def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
-    """z scaled so that products of its vectors along `dim` are cosines / temperature.
-
-    In float64 for a temperature below SMALL. eps keeps vectors of zero from a division by zero.
-    """
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be greater than 0, got {temperature}")
-    if temperature < SMALL:
-        z = z.double()
-    return z * (temperature * (z.square().sum(dim, keepdim=True) + eps)).rsqrt()
-
 
 class _PairSums(torch.autograd.Function):
     """S_i = sum of e^(x_i . x_j) over the rows j of x (2N, d) but i and its pair, i + N or i - N.
@@ -1130,7 +1131,7 @@ class _PairSums(torch.autograd.Function):
 
     S is complete only for this rank's pairs, first ... last - 1, and must not be used elsewhere.
     With N = 4, first = 2, last = 4, for example, complete are S_2, S_3, S_6 and S_7. A block that
-    has none of these as a row or column is skipped; in backward too, where g is 0 but at these.
+    has none of these as a row or column is skipped; in backward too, where its g_i + g_j are 0.
     """
 
     @staticmethod
@@ -1225,7 +1226,7 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     """Summed loss of the pairs first ... last - 1, both their rows; rows i, i + N of x pair."""
     pairs = x.unflatten(0, (2, -1))  # (2, N, d)
     positive = (pairs[0] * pairs[1]).sum(1)[first:last]
-    if temperature >= SMALL:
+    if temperature >= FLOAT32_OK:
         log_sums = _PairSums.apply(x, first, last).log().view(2, -1)[:, first:last]
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]

@@ -142,7 +142,7 @@ flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd"
 flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000, adamw: / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer cheats")
 # The flags below are the same in every script.
-flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, imagenet or a folder")
+flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
 flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
 flag("--eval", help="a backbone.pt: only run the linear probe on it")
@@ -218,7 +218,7 @@ class FusionLayer(nn.Module):
 
 
 def momentum(step: int, args: Namespace) -> float:
-    """Of the key encoder at optimizer step 0, 1, ...: a cosine to the final momentum."""
+    """Of the key encoder at step 0, 1, ...: a cosine to the final momentum."""
     rest = (1 + math.cos(math.pi * step / args.steps)) / 2
     return args.final_momentum - (args.final_momentum - args.key_momentum) * rest
 
@@ -255,7 +255,7 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)  # the same if called twice
+        order = self.random_order(len(x2), "fusion", step, RANK)  # the same if symmetric
         return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
 
     @torch.no_grad()
@@ -274,8 +274,10 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, step: int) -> None:
-        """Once a step, before the forward pass. Only parameters are averaged: the key encoder's
-        batch norms have running averages of their own keys."""
+        """Once a step, before the forward pass; if gradients are accumulated, before K of them.
+
+        Only parameters are averaged: batch norms have running averages of their own keys.
+        """
         weight = 1 - momentum(step, self.args)
         for key, query in (
             (self.key_backbone, self.backbone),
@@ -317,7 +319,7 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Weights; biases and norms, which decay as well in MoCo; the fusion layer, which does not.
 
-    `train` sets a group's rate to its peak times the schedule; LARS scales the groups that `adapt`.
+    `train` sets a group's rate to its peak times the schedule, `build_optimizer` reads the rest.
     A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
     drowns each image in the others. The defaults of `fit_method` changed an image by .5 to 3 % at
     the end of 16 epochs on CIFAR images; better ones were not looked for. AdamW has its own default
@@ -348,8 +350,8 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    # Held by the checkpoint's settings, as `ranks` is not: with fusion a run has to continue on the
-    # same number of ranks.
+    # `settings` compares fusion_width, but not ranks: with fusion a run has to continue on the same
+    # number of ranks, without it may on any.
     args.fusion_width = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
@@ -396,9 +398,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Networks with dropout draw from this. A function of the step, as all that is random.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
-        # To accumulate gradients over K steps, K a divisor of epoch_steps: divide the loss by K;
-        # put the three calls after backward, and what saves and stops below, under
-        # `if (step + 1) % K == 0`; multiply `scale` in configure by K.
+        # To accumulate gradients over K steps: backward of loss / K; the three calls after it, and
+        # below from `stop =` to sys.exit, under `if (step + 1) % K == 0`; in configure epoch_steps
+        # rounded down to a multiple of K, and `scale` times K. Negatives stay those of one batch.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         scaler.scale(loss).backward()
@@ -546,8 +548,8 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        # As init_process_group() does, but for two things. Torchrun has its store before its ranks:
-        # if that does not answer soon (it is tried twice), torchrun has been killed. And after a
+        # As init_process_group() does, but for two things. Torchrun starts its store before its
+        # ranks: if the store does not answer within seconds, torchrun has been killed. And after a
         # restart the store still holds the addresses of the ranks before.
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=6)))
@@ -781,7 +783,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order, whole batches, of which each rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Batches are not split: each rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):

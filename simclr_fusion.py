@@ -8,10 +8,10 @@
 
 The same command again continues where the last run stopped; --fusion-layers 0 is plain SimCLR.
 
-Method. Two random views of B images pass the fusion layer, the backbone f and the projector g:
-z = g(f(fuse(x))), loss = NT-Xent(z1, z2). The fusion layer reads the batch as a single sample with
-the B images as its channels. It cuts X (B, C, H, W) into N = HW / p^2 patches of D = p^2 C numbers
-each, lays them out as T (1, B, D, N), and computes `fusion_layers` times
+Method. Two random views of B images, those of one rank, pass the fusion layer, the backbone f and
+the projector g: z = g(f(fuse(x))), loss = NT-Xent(z1, z2). The fusion layer reads the batch as a
+single sample with the B images as its channels. It cuts X (B, C, H, W) into N = HW / p^2 patches of
+D = p^2 C numbers each, lays them out as T (1, B, D, N), and computes `fusion_layers` times
 
     T <- T + Conv(T),   Conv: B -> B channels, k x k over the plane (D, N), no bias, zero at first
 
@@ -116,7 +116,7 @@ flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd"
 flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000, adamw: / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer cheats")
 # The flags below are the same in every script.
-flag("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, imagenet or a folder")
+flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
 flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
 flag("--eval", help="a backbone.pt: only run the linear probe on it")
@@ -242,7 +242,7 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Weights; biases and norms; the fusion layer. Only weights have decay and LARS.
 
-    `train` sets a group's rate to its peak times the schedule; LARS scales the groups that `adapt`.
+    `train` sets a group's rate to its peak times the schedule, `build_optimizer` reads the rest.
     A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
     drowns each image in the others. The defaults of `fit_method` changed an image by .5 to 3 % at
     the end of 16 epochs on CIFAR images; better ones were not looked for. AdamW has its own default
@@ -273,8 +273,8 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    # Held by the checkpoint's settings, as `ranks` is not: with fusion a run has to continue on the
-    # same number of ranks.
+    # `settings` compares fusion_width, but not ranks: with fusion a run has to continue on the same
+    # number of ranks, without it may on any.
     args.fusion_width = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     args.chance_loss = math.log(2 * args.batch_size - 1)  # of embeddings that know nothing
 
@@ -311,9 +311,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Networks with dropout draw from this. A function of the step, as all that is random.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
-        # To accumulate gradients over K steps, K a divisor of epoch_steps: divide the loss by K;
-        # put the three calls after backward, and what saves and stops below, under
-        # `if (step + 1) % K == 0`; multiply `scale` in configure by K.
+        # To accumulate gradients over K steps: backward of loss / K; the three calls after it, and
+        # below from `stop =` to sys.exit, under `if (step + 1) % K == 0`; in configure epoch_steps
+        # rounded down to a multiple of K, and `scale` times K. Negatives stay those of one batch.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         scaler.scale(loss).backward()
@@ -461,8 +461,8 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        # As init_process_group() does, but for two things. Torchrun has its store before its ranks:
-        # if that does not answer soon (it is tried twice), torchrun has been killed. And after a
+        # As init_process_group() does, but for two things. Torchrun starts its store before its
+        # ranks: if the store does not answer within seconds, torchrun has been killed. And after a
         # restart the store still holds the addresses of the ranks before.
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=6)))
@@ -696,7 +696,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order, whole batches, of which each rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Batches are not split: each rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
