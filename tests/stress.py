@@ -303,7 +303,10 @@ def signalled(folder, seed, number, target, moment) -> Iterator[str]:
         send(number, *victims)
         run.wait(3)
         yield "" if run.code in (-number, 128 + number) else run.told("not ended at once")
-    seen, gone = "", run.gone()
+    if target == "worker":  # if nothing more was expected of it, the run goes on to its end
+        run.wait()
+    late = run.code and time.monotonic() - began > GRACE
+    seen, gone = "", run.gone() and not late
     over = (folder / "run" / "backbone.pt").exists()
     right = {128 + number, -number} if target in ("trainer", "all") else {1, 2, -number}
     if not gone:
