@@ -686,8 +686,8 @@ def soaked(folder, name, data, minutes) -> Iterator[str]:
     slopes = [np.polyfit(at, values, 1)[0] for values in (memory, files)]
     line = f"{name}, {data}: {memory[0]:.0f} to {memory[-1]:.0f} MB, {slopes[0]:+.2f} a minute; "
     line += f"{files.min():.0f} to {files.max():.0f} open files, {slopes[1]:+.3f} a minute; "
-    line += f"{count.min():.0f} to {count.max():.0f} processes; "
-    line += f"{run.text('run/metrics.jsonl').count('probe')} probes"
+    probes = run.text("run/metrics.jsonl").count('"event": "probe"')
+    line += f"{count.min():.0f} to {count.max():.0f} processes; {probes} probes"
     print(line, flush=True)
     flat = slopes[0] < 1 and np.median(files[-20:]) <= np.median(files[:20])
     yield "" if flat and gone and run.code == 143 else run.told(line)
