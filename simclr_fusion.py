@@ -858,7 +858,8 @@ if __name__ == "__main__":
     except (OSError, ImportError) as error:
         refuse(str(error), 1)
     except RuntimeError as error:
-        if "allocate" in str(error):  # in GPU memory or in main memory
+        # GPU memory or main memory; the second where not even the size can be computed.
+        if "allocate" in str(error) or "Storage size" in str(error):
             refuse(f"{error}: lower --batch-size or --image-size", 1)
         if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently
             time.sleep(5)

@@ -223,10 +223,11 @@ def test_a_run_inside_its_images_is_refused(images, tmp_path, capfd, monkeypatch
     assert {p.name for p in images.iterdir()} == {"train", "val"}
 
 
-def test_a_huge_layer_is_one_line(images, tmp_path, capfd):
+@pytest.mark.parametrize("kernel", [99999, 2**31 - 1])
+def test_a_huge_layer_is_one_line(kernel, images, tmp_path, capfd):
     words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path]
-    done = inside(capfd, "simclr_fusion", *words, "--fusion-kernel", 99999)
-    assert done.code == 1 and done.err.count("\n") == 1 and "memory" in done.err, done.err
+    done = inside(capfd, "simclr_fusion", *words, "--fusion-kernel", kernel)
+    assert done.code == 1 and done.err.count("\n") == 1 and "--batch-size" in done.err, done.err
 
 
 def test_wrong_use_in_a_process_of_its_own(tmp_path):
