@@ -1,6 +1,6 @@
 """Hostile treatment of the five trainers: nothing may be lost, hang or go wrong in silence.
 
-    python tests/stress.py                                  # all but the soak: half an hour
+    python tests/stress.py                                  # all but the soak: an hour
     python tests/stress.py --only damage --trials 30        # one section, fewer trials
     python tests/stress.py --only soak --minutes 20
 
