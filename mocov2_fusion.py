@@ -321,9 +321,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     `train` sets a group's rate to its peak times the schedule, `build_optimizer` reads the rest.
     A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
-    drowns each image in the others. With the defaults of `fit_method` fusion_norm ended at .5 to 3 %
-    of the identity's, B^.5 (the 16 epochs in the README); better ones were not looked for. AdamW has
-    its own default since it moves a weight by about the rate, whatever the gradient.
+    drowns each image in the others. With the defaults of `fit_method` fusion_norm ended at .5 to
+    3 % of the identity's, B^.5 (the 16 epochs in the README); better ones were not looked for.
+    AdamW has its own default since it moves a weight by about the rate, whatever the gradient.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
