@@ -148,7 +148,7 @@ class OnDisk:
         return os.fsdecode(os.path.join(self.folder, self.files[index]))
 
     def decode(self, index: int) -> Tensor:
-        """Pixels (3, H, W) uint8 of image `index`. Whatever it raises says: unreadable."""
+        """Pixels (3, H, W) uint8 of image `index`. Any exception means: unreadable."""
         if not os.path.isfile(self.path(index)):
             raise OSError("no file")  # a pipe or device, which might never end
         return _decode(Path(self.path(index)).read_bytes())
@@ -290,8 +290,8 @@ def _train_and_val(folder: Path) -> Data:
 def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
     """The images of a folder and the names of its classes.
 
-    Labels exist where all images lie in at least two folders directly below `folder`, as in
-    ImageFolder; any other arrangement has no labels and no classes.
+    Labels exist where every image lies directly in a folder within `folder`, of which there are at
+    least two: the classes. Any other arrangement has no labels and no classes.
     """
     try:
         files = sorted(_find_files(os.fsencode(folder)))
@@ -504,7 +504,7 @@ class Batches(torch.utils.data.Dataset):
         try:
             batches = iter(loader)
             # torch has now installed a handler that raises when a worker dies, in whatever line the
-            # trainer is. With the old one the loader raises, below, when it next waits for a batch.
+            # trainer is. With the old one back, the loader itself raises when it next waits.
             if signal.getsignal(signal.SIGCHLD) is not handler:
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
@@ -550,7 +550,7 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
     # Decoders give colours innermost (channels_last), where interpolate is faster. It recognises
-    # that by all four strides: image[None] has a wrong first one, and is slow.
+    # that by all four strides, the first of which is 3 in image[None] instead of 3 H W.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -558,7 +558,7 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
     out.copy_(view.flip(1) if flip else view)
 
 
-# The ten classes of drawn shapes: about the distance of (x, y) from the edge, negative within.
+# The ten classes of drawn shapes: roughly how far (x, y) is from the edge, negative within.
 
 
 def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
@@ -623,8 +623,9 @@ Sides = int | np.ndarray  # in pixels: of all images, or of each (n,)
 # What is random about a view: uniform numbers in [0, 1). Each is drawn for all samples before the
 # next one is, so that a number appended at the end leaves the others what they are.
 #
-# To add an operation: a field in Augment, a name at the end of _SINGLE, a line in `apply`; for a
-# random strength one more name, treated as "sigma" is. Its default must be off.
+# To add an operation: a field in Augment, off by default; its name at the end of _SINGLE; a line in
+# `apply`, as that of _solarize. A random strength is one more name, as "sigma" of the blur: made in
+# `_parameters`, in `apply` moved to the device and passed through `_select`.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
 NUMBERS = np.dtype(
     [
@@ -644,10 +645,11 @@ class Augment:
 
     `recipe(images, generator)`: images (B, 3, H, W) uint8 -> (B, 3, size, size) float32,
     normalised. Every sample draws parameters of its own, and the four parts of the jitter in an
-    order of its own. Each operation is that of torchvision.transforms on float tensors in [0, 1].
+    order of its own. Each operation is that of torchvision.transforms on float tensors in [0, 1]
+    (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; with blur, which reflects, more than 3.3 sigma[1] + 1
+    size: int = 224  # pixels a side; with blur, which reflects, well above 3.3 sigma[1]
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -692,17 +694,19 @@ class Augment:
         # Beyond 3.3 sigma lies .1 % of a Gaussian; torchvision's with as many taps is the same.
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
         out = torch.empty(count, 3, self.size, self.size, device=device)
-        for part in _chunks(count, self.size, device):
-            rows = np.arange(count)[part]
-            x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
-            if not cropped:
-                x = _crop(x, boxes_flips[part], self.size)
-            x, rows = _jitter(x.mul_(1 / 255), rows, order, factors)
-            # The jitter has sorted the samples: from here on x[k] is sample rows[k].
-            x = _change(_grayscale, u["gray"][rows] < self.gray, x)
-            x = _change(blur, u["blur"][rows] < self.blur, x, _select(sigma, rows))
-            x = _change(_solarize, u["solarize"][rows] < self.solarize, x)
-            out.index_copy_(0, _to(rows, device), self.normalise(x))
+        # Nothing here gains from autocast, and index_copy_ would meet two dtypes.
+        with torch.autocast(device.type, enabled=False):
+            for part in _chunks(count, self.size, device):
+                rows = np.arange(count)[part]
+                x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
+                if not cropped:
+                    x = _crop(x, boxes_flips[part], self.size)
+                x, rows = _jitter(x.mul_(1 / 255), rows, order, factors)
+                # The jitter has sorted the samples: from here on x[k] is sample rows[k].
+                x = _change(_grayscale, u["gray"][rows] < self.gray, x)
+                x = _change(blur, u["blur"][rows] < self.blur, x, _select(sigma, rows))
+                x = _change(_solarize, u["solarize"][rows] < self.solarize, x)
+                out.index_copy_(0, _to(rows, device), self.normalise(x))
         return out
 
     def centre(self, images: Tensor) -> Tensor:
@@ -747,6 +751,7 @@ class Augment:
         fits &= (tries_h >= 1) & (tries_h <= height[:, None])
         none = ~fits.any(1)
         first = np.arange(len(u)), fits.argmax(1)  # indexes (n, 10)
+        # Where the image fits the ratio, clip leaves all of it.
         w = np.where(none, np.clip((height * self.ratio[1]).round(), 1, width), tries_w[first])
         h = np.where(none, np.clip((width / self.ratio[0]).round(), 1, height), tries_h[first])
         top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
@@ -887,7 +892,7 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 #     g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
 #     b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
 # which is p with the sign of g - b in all cases, as p >= 0. Back, with c(h) the distance of the hue
-# from h, clamped to [1/6, 1/3]:
+# from h, clamped to [1/6, 1/3] (so |hue - h| will do: the way around is shorter only beyond 1/3):
 #     g = M + d - 6d c(1/3)    M up to 1/6 from its own hue 1/3, m from 1/3 on, linear between
 #     b = M + d - 6d c(2/3)    likewise
 #     r = m - d + 6d c(1/2)    likewise, but 1/2 is opposite of its own hue, 0 or 1
@@ -931,8 +936,9 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur of x (n, 3, s, s), of 2 radius + 1 taps, with a sigma (n,) for each sample.
 
     As a product with a matrix for the rows, then one for the columns. Output o weights pixel j with
-    tap |j - o|, so the matrix is a band: `block` neighbouring outputs need `reach` pixels, which is
-    block + 2 radius, and one small matrix (block, reach) serves all blocks of both directions.
+    tap |j - o|, so the matrix is a band. Not to multiply its zeros: `block` neighbouring outputs
+    need only `reach` = block + 2 radius pixels, and one small matrix (block, reach) serves all
+    blocks of both directions. At s = 64 and radius 7: two blocks of 32 outputs, from 46 pixels.
     """
     size = x.shape[3]
     blocks = math.ceil(size / 32)
@@ -968,14 +974,14 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # ---------------------------------------------------------------------------------------- losses
 #
 # Under several ranks each loss is given this rank's rows and gathers the others' where its formula
-# needs them (info_nce and byol_loss need none). The rule for a new loss: the mean over the ranks of
-# what it returns is the loss of the whole batch, be it made of shares (nt_xent) or of equal copies
-# (barlow_twins). Then gradients averaged by DistributedDataParallel are those of one process that
-# is given the whole batch, as `gather` passes back the sum of all ranks' gradients. All ranks must
-# pass the same number of rows.
+# needs them (info_nce and byol_loss need none). The rule for a new loss: with L_r what rank r of W
+# returns, the loss of the whole batch is (L_0 + L_1 + ...) / W, be L_r a share of it (nt_xent) or
+# all of it on each rank (barlow_twins). The backward of `gather` sums over the ranks: so gradients
+# averaged by DistributedDataParallel are those of one process with the whole batch.
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state. All ranks must
-# call each `gather` and run its backward, one with an empty share of the work too.
+# pass the same number of rows, call each `gather` and run its backward; so does a rank whose share
+# is empty (dimcl of fewer columns than ranks).
 
 
 class _Gather(torch.autograd.Function):
@@ -1049,8 +1055,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
     """MoCo's loss: mean over rows of -log(e^(q.k / t) / (e^(q.k / t) + sum_j e^(q.queue_j / t))).
 
     q, k (B, D): queries and their keys, normalised here. queue (K, D): earlier keys, already
-    normalised; they take no gradient (arXiv 1911.05722, eq. 1). Without information: log(K + 1).
-    Raises ValueError.
+    normalised; they take no gradient, k does unless detached (arXiv 1911.05722, eq. 1). Without
+    information: log(K + 1). Raises ValueError.
     """
     q, k = _checked(q, k)
     if queue.ndim != 2 or queue.shape[1] != q.shape[1]:
@@ -1059,7 +1065,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
     q = _unit(q, temperature, dim=1, eps=1e-24)
     k = _unit(k, temperature, dim=1, eps=1e-24)
     keys = queue.detach().to(q.dtype)
-    rows = q / math.sqrt(temperature)  # q and k have norm temperature^-1/2, but keys have norm 1
+    # q . k is cosine / t, as both have norm t^-1/2; the keys of the queue have norm 1.
+    rows = q / math.sqrt(temperature)
     if temperature >= FLOAT32_OK:
         log_sums = _QueueSums.apply(rows, keys).log()
     else:  # in float64, which autocast leaves alone
@@ -1186,7 +1193,8 @@ def _block(x: Tensor, size: int, i: int, j: int) -> Tensor:
     e = (rows @ columns.T).exp_()
     half = len(x) // 2
     for distance in (-half, 0, half):  # column - row in E
-        # Counted in the block, column - row is (i - j) size more. A diagonal outside is empty.
+        # Within the block column - row is (i - j) size more, as its rows start at i size and its
+        # columns at j size. A diagonal outside of it is empty.
         e.diagonal(distance + (i - j) * size).zero_()
     return e
 
@@ -1201,7 +1209,8 @@ class _QueueSums(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor) -> Tensor:
         products = 2**18 if q.device.type == "cpu" else 2**25  # at a time: what a cache holds
         block = max(1, products // len(q))
-        sums = q.new_zeros(len(q))
+        tiny = torch.finfo(q.dtype).tiny  # with an empty queue their log is taken as well
+        sums = q.new_full((len(q),), tiny)
         grad = torch.zeros_like(q)
         with torch.autocast(q.device.type, enabled=False):
             for part in k.split(block):
@@ -1226,7 +1235,7 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     """Summed loss of the pairs first ... last - 1, both their rows; rows i, i + N of x pair."""
     pairs = x.unflatten(0, (2, -1))  # (2, N, d)
     positive = (pairs[0] * pairs[1]).sum(1)[first:last]
-    if temperature >= FLOAT32_OK:
+    if temperature >= FLOAT32_OK:  # sums of other ranks' rows are cut off: in backward their g is 0
         log_sums = _PairSums.apply(x, first, last).log().view(2, -1)[:, first:last]
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]

@@ -4,6 +4,7 @@
 all parameters: what goes from a to b becomes a + v (b - a).
 """
 
+from contextlib import nullcontext
 from itertools import permutations
 
 import numpy as np
@@ -190,6 +191,14 @@ def test_everything_in_the_order_of_the_docstring(device):
     x = noise(len(V), device=device)
     for image, v, mine in zip(x.float() / 255, V, recipe.apply(x, u), strict=True):
         assert (mine - reference(image, float(v))).nan_to_num().abs().max() <= 1e-4
+
+
+def test_autocast_changes_nothing(device):
+    x, recipe = noise(16, device=device), Augment(size=24, blur=0.5, solarize=0.2)
+    u = recipe.draw(16, generator(0))
+    expected = recipe.apply(x, u)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(recipe.apply(x, u), expected)
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -413,8 +422,9 @@ def test_new_numbers_leave_the_old_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", [SIMCLR, MOCO_V2, *BYOL_VIEWS])
-def test_never_asks_the_device(recipe):
-    """On the meta device every copy back or wait for a value raises."""
+def test_never_asks_the_device(recipe, monkeypatch):
+    """On the meta device, which autocast does not know, a copy back or wait for a value raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     x = noise(16, 32, 32).to("meta")
     recipe = Augment(**(vars(recipe) | {"size": 40}))
     views = recipe(x, generator(0))

@@ -410,6 +410,15 @@ def test_wrong_shapes_are_refused(loss, a, b):
     assert str(a) in str(error.value) and str(b) in str(error.value)
 
 
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_an_empty_queue_leaves_nothing_to_learn(temperature, device):
+    q, k = rows(4, 3, device, torch.float32)
+    q.requires_grad_()
+    loss = info_nce(q, k, torch.zeros(0, 3, device=device), temperature)
+    loss.backward()
+    assert abs(loss.item()) < 1e-30 and q.grad.abs().max() < 1e-30
+
+
 @pytest.mark.parametrize("queue", [(8, 4), (3,), (8, 3, 1)])
 def test_wrong_queue_is_refused(queue):
     with pytest.raises(ValueError) as error:
