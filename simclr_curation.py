@@ -69,15 +69,16 @@ from torchvision.utils import save_image
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the ranks of this machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
+DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
 # images get the column of those of similar size. A flag that is given wins over its row.
-# `choose_preset` lowers batch_size and warmup_epochs of the table where there are few images or
-# epochs; it never changes what is given. A stem of None: `small` for views of up to 64 px, else
-# `imagenet`.
+# `choose_preset` and `fit_method` fit the table to few images, epochs or pixels, but never what is
+# given: the warm-up takes a tenth of the epochs at most. A stem of None: `small` for views of up to
+# 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -142,10 +143,12 @@ MAY_BE_0 += ["curation_start"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` has the settings in effect: flags and rows of PRESETS; from `configure` ranks, images (how
-# many), checksum, epoch_steps, steps, warmup_steps and peak_lr (already scaled by the batch); from
-# `fit_method` chance_loss, which is only logged, and what the method needs. `given` is the bare
-# command line: a row of PRESETS whose flag is not given is None there.
+# `args` has the settings in effect:
+# - flags and rows of PRESETS;
+# - from `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
+#   warmup_steps (numbers of steps) and peak_lr (lr scaled by the batch);
+# - from `fit_method`: chance_loss, which is only logged, and what the method needs.
+# `given` is the bare command line: None for a row of PRESETS whose flag is not given.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -294,9 +297,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Networks with dropout draw from this. A function of the step, as all that is random.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
-        # To accumulate gradients over K steps: backward of loss / K; the three calls after it, and
-        # below from `stop =` to sys.exit, under `if (step + 1) % K == 0`; in configure epoch_steps
-        # rounded down to a multiple of K, and `scale` times K. Negatives stay those of one batch.
+        # To accumulate gradients over A steps: backward of loss / A; the three calls after it and,
+        # below, `stop =` to sys.exit under `if (step + 1) % A == 0`; moving averages in Method
+        # under `if step % A == 0`; in configure epoch_steps a multiple of A, and `scale` times A.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         scaler.scale(loss).backward()
@@ -321,7 +324,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
             # The first rank to end makes torchrun end the others: rank 0 must have saved before.
-            sum_over_ranks(torch.tensor(0))
+            sum_over_ranks(torch.tensor(0))  # a barrier
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
@@ -361,8 +364,8 @@ def main() -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, which rank 0 prints; 1: failure, printed by any."""
-    if RANK == 0 or code != 2:
+    """Ends with one line. Code 2: wrong use, printed once a machine; 1: failure, by any rank."""
+    if LOCAL_RANK == 0 or code != 2:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         print(line, file=sys.stderr, flush=True)

@@ -68,15 +68,16 @@ from torchvision.utils import save_image
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the ranks of this machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
+DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set; other
 # images get the column of those of similar size. A flag that is given wins over its row.
-# `choose_preset` lowers batch_size and warmup_epochs of the table where there are few images or
-# epochs; it never changes what is given. A stem of None: `small` for views of up to 64 px, else
-# `imagenet`.
+# `choose_preset` and `fit_method` fit the table to few images, epochs or pixels, but never what is
+# given: the warm-up takes a tenth of the epochs at most. A stem of None: `small` for views of up to
+# 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -144,10 +145,12 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` has the settings in effect: flags and rows of PRESETS; from `configure` ranks, images (how
-# many), checksum, epoch_steps, steps, warmup_steps and peak_lr (already scaled by the batch); from
-# `fit_method` chance_loss, which is only logged, and what the method needs. `given` is the bare
-# command line: a row of PRESETS whose flag is not given is None there.
+# `args` has the settings in effect:
+# - flags and rows of PRESETS;
+# - from `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
+#   warmup_steps (numbers of steps) and peak_lr (lr scaled by the batch);
+# - from `fit_method`: chance_loss, which is only logged, and what the method needs.
+# `given` is the bare command line: None for a row of PRESETS whose flag is not given.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -212,7 +215,7 @@ class Method(nn.Module):
         self.backbone = backbone
         self.projector = build_projector(backbone.num_features, args)
         shape = (args.fusion_layers, args.fusion_patch, args.fusion_kernel)
-        self.fusion = FusionLayer(args.fusion_width, *shape)  # as wide as the batch of this rank
+        self.fusion = FusionLayer(args.fusion_width, *shape)  # the batch of this rank
 
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         if self.args.fusion_layers == 0:
@@ -244,9 +247,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     `train` sets a group's rate to its peak times the schedule, `build_optimizer` reads the rest.
     A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
-    drowns each image in the others. With the defaults of `fit_method` fusion_norm ended at .5 to
-    3 % of the identity's, B^.5 (the 16 epochs in the README); better ones were not looked for.
-    AdamW has its own default since it moves a weight by about the rate, whatever the gradient.
+    drowns each image in the others. With the defaults of `fit_method` fusion_norm was .5 to 3 % of
+    B^.5, the identity's norm, after the 16 epochs of the README; other rates were not tried. AdamW
+    has its own default since it moves a weight by about the rate, whatever the gradient.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -311,9 +314,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Networks with dropout draw from this. A function of the step, as all that is random.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
-        # To accumulate gradients over K steps: backward of loss / K; the three calls after it, and
-        # below from `stop =` to sys.exit, under `if (step + 1) % K == 0`; in configure epoch_steps
-        # rounded down to a multiple of K, and `scale` times K. Negatives stay those of one batch.
+        # To accumulate gradients over A steps: backward of loss / A; the three calls after it and,
+        # below, `stop =` to sys.exit under `if (step + 1) % A == 0`; moving averages in Method
+        # under `if step % A == 0`; in configure epoch_steps a multiple of A, and `scale` times A.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         scaler.scale(loss).backward()
@@ -338,7 +341,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
             # The first rank to end makes torchrun end the others: rank 0 must have saved before.
-            sum_over_ranks(torch.tensor(0))
+            sum_over_ranks(torch.tensor(0))  # a barrier
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
@@ -378,8 +381,8 @@ def main() -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, which rank 0 prints; 1: failure, printed by any."""
-    if RANK == 0 or code != 2:
+    """Ends with one line. Code 2: wrong use, printed once a machine; 1: failure, by any rank."""
+    if LOCAL_RANK == 0 or code != 2:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         print(line, file=sys.stderr, flush=True)

@@ -246,7 +246,7 @@ def test_ranks_that_do_not_come_from_torchrun(
 
 
 def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkeypatch):
-    """As one of three ranks: refused before any of the others is needed, and told by rank 0."""
+    """As one of three ranks: refused before it needs the others, and told once on each machine."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     met = [(torch.distributed.HashStore(), 0, 3)]
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter(met))
@@ -254,7 +254,9 @@ def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkey
     run = tmp_path / "run"
     words = [*flags("simclr_fusion"), "--data", images, "--run-dir", run]
     refused(inside(capfd, "simclr_fusion", *words), "--batch-size 16", "3 ranks")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # and LOCAL_RANK 0: the first of another machine
+    refused(inside(capfd, "simclr_fusion", *words), "--batch-size 16", "3 ranks")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     done = inside(capfd, "simclr_fusion", *words)
     assert done.code == 2 and not done.err and not run.exists()
 
