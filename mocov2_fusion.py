@@ -4,7 +4,7 @@
     python mocov2_fusion.py --data cifar10                           # downloads
     python mocov2_fusion.py --data path/to/images                    # class folders or none
     torchrun --nproc_per_node=8 mocov2_fusion.py --data imagenet     # ResNet-50, published recipe
-    python mocov2_fusion.py --eval runs/NAME/backbone.pt --data ...  # only the linear probe
+    python mocov2_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
 The same command again continues where the last run stopped; --fusion-layers 0 is plain MoCo v2.
 
@@ -146,7 +146,7 @@ flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
 flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
-flag("--eval", help="a backbone.pt: only run the linear probe on it")
+flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.png")
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--lr", type=float, help="at batch 256; scaled by batch / 256, with adamw by its root")
@@ -321,9 +321,10 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     `train` sets a group's rate to its peak times the schedule, `build_optimizer` reads the rest.
     A fused image is a sum over B k^2 weights of the layer: at the backbone's rate the layer soon
-    drowns each image in the others. With the defaults of `fit_method` fusion_norm was .5 to 3 % of
-    B^.5, the identity's norm, after the 16 epochs of the README; other rates were not tried. AdamW
-    has its own default since it moves a weight by about the rate, whatever the gradient.
+    drowns each image in the others. With the defaults of `fit_method` its norm (fusion_norm in the
+    log) was .5 to 3 % of that of an identity, sqrt(B), after the 16 epochs of the README; other
+    rates were not tried. AdamW moves a weight by about the rate, whatever the gradient: hence a
+    default of its own.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -350,8 +351,8 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    # `settings` compares fusion_width, but not ranks: with fusion a run has to continue on the same
-    # number of ranks, without it may on any.
+    # `settings` compares fusion_width, but not ranks: with fusion a run has to continue on as many
+    # ranks as it began, without fusion it may on any number.
     args.fusion_width = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
@@ -369,6 +370,13 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------- training
+#
+# To accumulate gradients over A steps, each with a batch and negatives of its own:
+# - in `train`: backward of loss / A; the three calls after it under `if (step + 1) % A == 0`, and
+#   so all from `stop =` to sys.exit;
+# - in `next_views`: catch StopIteration too, as it may be called again before the end;
+# - in Method: moving averages of weights under `if step % A == 0`;
+# - in `configure`: epoch_steps rounded down to a multiple of A, and `scale` times A.
 
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
@@ -398,9 +406,6 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Networks with dropout draw from this. A function of the step, as all that is random.
         torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
-        # To accumulate gradients over A steps: backward of loss / A; the three calls after it and,
-        # below, `stop =` to sys.exit under `if (step + 1) % A == 0`; moving averages in Method
-        # under `if step % A == 0`; in configure epoch_steps a multiple of A, and `scale` times A.
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
         scaler.scale(loss).backward()
@@ -466,7 +471,9 @@ def main() -> None:
 
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line. Code 2: wrong use, printed once a machine; 1: failure, by any rank."""
-    if LOCAL_RANK == 0 or code != 2:
+    if LOCAL_RANK != 0 and code == 2:
+        time.sleep(2)  # the first rank to end makes torchrun end the others: let them print before
+    else:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         print(line, file=sys.stderr, flush=True)
@@ -550,7 +557,7 @@ def join_ranks() -> None:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         # As init_process_group() does, but for two things. Torchrun starts its store before its
         # ranks: if the store does not answer within seconds, torchrun has been killed. And after a
-        # restart the store still holds the addresses of the ranks before.
+        # restart by --max-restarts its store may still hold the addresses of the dead ranks.
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=6)))
         except ValueError as error:
@@ -676,7 +683,7 @@ class Log:
             return
         run = Path(args.run_dir)
         run.mkdir(parents=True, exist_ok=True)
-        # Opened once only, as closing it anywhere would end the lock. latin-1 reads any bytes.
+        # Opened once only, as closing it anywhere would end the lock. latin-1: a character a byte.
         self.file = (run / "metrics.jsonl").open("a+", encoding="latin-1")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
@@ -799,9 +806,9 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
 def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, float]:
     """Accuracy on val, in per cent, of a linear classifier on frozen, standardised features.
 
-    Ten classifiers learn side by side on nine tenths of train, each at its own rate; the one that
-    is best on the other tenth is reported, as it is after the last epoch: val chooses nothing.
-    All ranks do the same.
+    Ten classifiers learn side by side on nine tenths of train, each at its own rate. After the last
+    epoch the one that is best on the other tenth is reported: val chooses nothing. All ranks do the
+    same.
     """
     x, x_val = features(backbone, data.train, args), features(backbone, data.val, args)
     y, y_val = (torch.from_numpy(part.labels).to(DEVICE) for part in (data.train, data.val))
@@ -852,7 +859,7 @@ def save_neighbours(
     nearest = (F.normalize(q) @ F.normalize(x).T).topk(min(8, len(x))).indices.cpu().numpy()
     columns = []
     nearest_first = [images.take(column) for column in nearest.T]
-    for found in [queries, *nearest_first]:
+    for found in [queries, *nearest_first]:  # each as one batch
         _, (pictures,) = next(Batches(found, [Augment(96)], len(found)).stream([0], DEVICE))
         columns.append(pictures)
     save_pictures(path, columns)
@@ -888,10 +895,12 @@ def log_progress(
         refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", 1)
 
 
-# The end of a run. A signal is noted in STOP; after each step the ranks agree on it, save and end
-# (`asked_to_stop`). If data workers or other ranks get it too and end first, errors arise: then
-# `next_views` and the end of this file look into STOP. A rank whose torchrun has been killed gets
-# SIGTERM from a thread of its own.
+# The end of a run. Before and after training a signal has its default action; in training the first
+# is noted in STOP (`note_signal`), and then it may be that
+# - nothing else happens: after the step the ranks agree (`asked_to_stop`), rank 0 saves, all end;
+# - the data workers got it too and are dead: `next_views` makes this step's views without them;
+# - they are dead in a probe, or another rank has ended first: an error, met at this file's end.
+# If torchrun is killed, this process sends itself SIGTERM (`end_with_torchrun`).
 STOP = []
 PARENT = os.getppid()
 
