@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real photographs, where this checkout has them
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # beside runs in the background two would spin, waiting for each other
 # As nohup and a shell's & ignore them, and children inherit that, the tests could not send them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
