@@ -454,11 +454,13 @@ def jpeg(options: argparse.Namespace) -> None:
 
 def settings(column: str, flags: str) -> argparse.Namespace:
     """What the trainer makes of these flags for the data set of this column."""
-    args = trainer.parser.parse_args(flags.split())
+    given = trainer.parser.parse_args(flags.split())
+    args = argparse.Namespace(**vars(given))
     for key, row in trainer.PRESETS.items():
         if getattr(args, key, None) is None:
             setattr(args, key, row[trainer.DATA_SETS.index(column)])
-    args.peak_lr, args.fusion_lr = args.lr, 0.0
+    args.peak_lr = args.lr
+    trainer.fit_method(args, given)
     return args
 
 
