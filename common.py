@@ -403,14 +403,16 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _start_worker(_: int) -> None:
-    """Takes a data worker out of the trainer's group, to which terminals and torchrun send signals.
+    """Leaves it to the trainer what follows from a signal: it may want to finish its step and save.
 
-    The trainer decides what follows from a signal. Its own handlers, which the worker has
-    inherited, would keep the worker from ending with it.
+    Terminals and torchrun send signals to the trainer's group, which the worker leaves. A scheduler
+    sends them to every process: then the worker goes on, after SIGTERM for ten seconds. It ends
+    when the trainer has no more use for it, and within seconds if the trainer dies.
     """
     os.setpgid(0, 0)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 @dataclass
@@ -424,6 +426,12 @@ class Batches(torch.utils.data.Dataset):
 
     Without a seed, for evaluation: centre crops of all images in their order, the last batch
     smaller. Every rank gets the whole batch.
+
+    Who crops, and who does the rest:
+    in memory, training:    all of it by Augment.apply, on the device
+    in memory, evaluation:  all of it by Augment.centre, on the device
+    on disk, training:      crops by a worker in __getitem__, the rest by Augment.apply
+    on disk, evaluation:    crops by a worker in __getitem__, the rest by Augment.normalise
     """
 
     images: Images
@@ -491,7 +499,10 @@ class Batches(torch.utils.data.Dataset):
             yield rows, views
 
     def _load(self, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
-        """self[step] of each step, made by worker processes, or by this one if workers is 0."""
+        """self[step] of each step, made by worker processes, or by this one if workers is 0.
+
+        To the DataLoader an item of this data set is a whole batch, and its index is the step.
+        """
         loader = torch.utils.data.DataLoader(
             self,
             batch_size=None,
@@ -549,8 +560,8 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # Decoders give colours innermost (channels_last), where interpolate is faster. It recognises
-    # that by all four strides, the first of which is 3 in image[None] instead of 3 H W.
+    # Decoders give colours innermost (channels_last), for which interpolate is faster. It looks for
+    # the strides (3HW, 1, 3W, 3); those of image[None] are (3, 1, 3W, 3): hence the detour.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -852,8 +863,10 @@ def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> 
 
     order[row, turn] is the number of an operation, factors[row, number] belongs to that operation.
     In each of four turns the samples are sorted by the operation that is their next, which then
-    works in place on a slice. Returns the samples as they were last sorted, and the rows that they
-    are.
+    works in place on a slice. If the next of three samples are hue (3), brightness (0) and
+    _NOTHING (4), they are sorted as samples 1, 0, 2: brightness changes the first, hue the second,
+    and nothing the third, which lies behind the last bound. Returns the samples as they were last
+    sorted, and the rows that they are.
     """
     factors = _select(factors, rows)
     operations = (_brightness, _contrast, _saturation, _hue)
@@ -953,7 +966,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     o = torch.arange(block, device=x.device)[:, None] + radius  # where o lies among these pixels
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
-    end = radius + blocks * block - size
+    end = radius + blocks * block - size  # the last block is filled up
     # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Along the height,
@@ -974,10 +987,16 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # ---------------------------------------------------------------------------------------- losses
 #
 # Under several ranks each loss is given this rank's rows and gathers the others' where its formula
-# needs them (info_nce and byol_loss need none). The rule for a new loss: with L_r what rank r of W
-# returns, the loss of the whole batch is (L_0 + L_1 + ...) / W, be L_r a share of it (nt_xent) or
-# all of it on each rank (barlow_twins). The backward of `gather` sums over the ranks: so gradients
-# averaged by DistributedDataParallel are those of one process with the whole batch.
+# needs them (info_nce and byol_loss need none). The rule for a new loss: if rank r of W returns
+# L_r, then the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
+# over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins). The backward
+# of `gather` sums over the ranks, and DistributedDataParallel averages over them: the gradients are
+# those of one process with the whole batch. For example,
+#
+#     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
+#         z = _checked(z)[0]  # (B, D), this rank's rows
+#         centre = gather(z).mean(0)  # of all rows
+#         return (z - centre).square().sum(1).mean()  # of this rank's rows: a share
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state. All ranks must
 # pass the same number of rows, call each `gather` and run its backward; so does a rank whose share
@@ -1193,8 +1212,8 @@ def _block(x: Tensor, size: int, i: int, j: int) -> Tensor:
     e = (rows @ columns.T).exp_()
     half = len(x) // 2
     for distance in (-half, 0, half):  # column - row in E
-        # Within the block column - row is (i - j) size more, as its rows start at i size and its
-        # columns at j size. A diagonal outside of it is empty.
+        # Row r and column c of the block are row r + i size and column c + j size of E: there
+        # (c + j size) - (r + i size) = distance. A diagonal outside of the block is empty.
         e.diagonal(distance + (i - j) * size).zero_()
     return e
 

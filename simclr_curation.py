@@ -74,11 +74,13 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
-# The settings of published runs (sources and deviations: README), a column for each data set; other
-# images get the column of those of similar size. A flag that is given wins over its row.
-# `choose_preset` and `fit_method` fit the table to few images, epochs or pixels, but never what is
-# given: the warm-up takes a tenth of the epochs at most. A stem of None: `small` for views of up to
-# 64 px, else `imagenet`.
+# The settings of published runs (sources and deviations: README), a column for each data set.
+# - Other images get the column `cifar` where their longest side is at most 48 px, `stl10` up to
+#   128 px, else `imagenet100`.
+# - A flag that is given wins over its row.
+# - What is not given is fitted to the data: the batch to at least eight steps an epoch, the warm-up
+#   to at most a tenth of the epochs.
+# - A stem of None: `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -143,21 +145,29 @@ MAY_BE_0 += ["curation_start"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` has the settings in effect:
-# - flags and rows of PRESETS;
-# - from `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
+# `args` has the settings in effect, which come from, in this order,
+# - `choose_preset`: a column of PRESETS, its name as `preset`, and image_size;
+# - the flags that are given, and the defaults of those that have no row in PRESETS;
+# - `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
 #   warmup_steps (numbers of steps) and peak_lr (lr scaled by the batch);
-# - from `fit_method`: chance_loss, which is only logged, and what the method needs.
-# `given` is the bare command line: None for a row of PRESETS whose flag is not given.
+# - `fit_method`: chance_loss, which is only logged, and what the method needs.
+# `given` is the bare command line: a flag that is not given and has no default is None in it.
 
 
 def recipes(args: Namespace) -> list[Augment]:
     """The augmentation of view 1 and that of view 2."""
     # Kept as SIMCLR has them: the probabilities of flip .5, jitter .8, gray .2; no solarization.
-    view = replace(SIMCLR, size=args.image_size, scale=(args.smallest_crop, 1.0), blur=args.blur)
     strength = 0.8 * args.jitter_strength
-    view = replace(view, brightness=strength, contrast=strength, saturation=strength)
-    view = replace(view, hue=0.2 * args.jitter_strength)
+    view = replace(
+        SIMCLR,
+        size=args.image_size,
+        scale=(args.smallest_crop, 1.0),
+        brightness=strength,
+        contrast=strength,
+        saturation=strength,
+        hue=0.2 * args.jitter_strength,
+        blur=args.blur,
+    )
     return [view, view]
 
 
@@ -170,7 +180,7 @@ def build_projector(features: int, args: Namespace) -> nn.Module:
     return layers
 
 
-def view_stream(steps: range, data: Data, args: Namespace, workers: int) -> Iterator:
+def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
     """For each step the rows of its images and their two views: (B, 3, size, size) before curation
     starts, then K B candidates."""
     first = args.curation_step
@@ -181,7 +191,7 @@ def view_stream(steps: range, data: Data, args: Namespace, workers: int) -> Iter
     for candidates, part in parts:
         size = candidates * args.batch_size
         batches = Batches(data.pretrain, recipes(args), size, args.seed, RANK, WORLD)
-        yield from batches.stream(part, DEVICE, workers)
+        yield from batches.stream(part, DEVICE, args.workers)
 
 
 def violation(z1: Tensor, z2: Tensor) -> Tensor:
@@ -241,7 +251,7 @@ class Method(nn.Module):
 
 
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
-    """Weights; biases and norms without decay and LARS."""
+    """Two groups: weights; biases and norms, without decay and LARS."""
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
@@ -269,11 +279,10 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 # ------------------------------------------------------------------------------------- training
 #
 # To accumulate gradients over A steps, each with a batch and negatives of its own:
-# - in `train`: backward of loss / A; the three calls after it under `if (step + 1) % A == 0`, and
-#   so all from `stop =` to sys.exit;
-# - in `next_views`: catch StopIteration too, as it may be called again before the end;
-# - in Method: moving averages of weights under `if step % A == 0`;
-# - in `configure`: epoch_steps rounded down to a multiple of A, and `scale` times A.
+# - in `train`, call backward on loss / A, and put under `if (step + 1) % A == 0` the three calls
+#   that follow it, and the answer to signals with the saving, from `stop =` to sys.exit;
+# - in `configure`, round epoch_steps down to a multiple of A, and multiply `scale` by A;
+# - a moving average of weights, which BYOL and MoCo keep, is updated where `step % A == 0`.
 
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
@@ -290,15 +299,15 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     if args.compile:
         backbone.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    stream = view_stream(range(start, args.steps), data, args, args.workers)
+    stream = view_stream(range(start, args.steps), data, args)
 
     history, began, waited = [], time.perf_counter(), 0.0
     for step in range(start, args.steps):
         asked = time.perf_counter()
-        views = next_views(stream, step, data, args)
+        _, views = next(stream)
         waited += time.perf_counter() - asked
         if step == 0:  # a row for each image
-            save_pictures(run / "views.png", views)
+            save_pictures(run / "views.png", torch.stack(views, 1)[:8])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Networks with dropout draw from this. A function of the step, as all that is random.
@@ -321,14 +330,14 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             log_progress(log, args, done, history, lr, began, waited)
             history, began, waited = [], time.perf_counter(), 0.0
         epoch_ends = done % args.epoch_steps == 0
-        stop = asked_to_stop()
+        stop = asked_to_stop()  # by a signal: see the end of this file
         if stop or epoch_ends or (args.save_every and done % args.save_every == 0):
             if RANK == 0:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
-            # The first rank to end makes torchrun end the others: rank 0 must have saved before.
-            sum_over_ranks(torch.tensor(0))  # a barrier
+            # As soon as one rank ends, torchrun ends the others: wait here until rank 0 has saved.
+            sum_over_ranks(torch.tensor(0))
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
@@ -370,9 +379,11 @@ def main() -> None:
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line. Code 2: wrong use, printed once a machine; 1: failure, by any rank."""
     if LOCAL_RANK != 0 and code == 2:
-        time.sleep(2)  # the first rank to end makes torchrun end the others: let them print before
+        # As soon as one rank ends, torchrun ends the others: give the one that prints time for it.
+        time.sleep(2)
     else:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
+        # A file's name may hold characters that control the terminal.
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)
@@ -408,7 +419,7 @@ def configure() -> tuple[Namespace, Data]:
     The command line is parsed twice: flags that have a preset have no default, and so are None
     where they are not given; then the preset becomes the default, its rows without a flag too.
     """
-    parser.error = refuse
+    parser.error = refuse  # argparse's own prints the usage as well
     given = parser.parse_args()
     for key, value in vars(given).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -453,18 +464,14 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        # As init_process_group() does, but for two things. Torchrun starts its store before its
-        # ranks: if the store does not answer within seconds, torchrun has been killed. And after a
-        # restart by --max-restarts its store may still hold the addresses of the dead ranks.
         try:
-            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=6)))
+            store, rank, world = next(dist.rendezvous("env://"))  # what torchrun has set
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        except dist.DistError as error:
-            refuse(f"torchrun does not answer: {error}", 1)
-        patience = timedelta(hours=2)  # rank 0 may have to download
-        store.set_timeout(patience)
+        # A prefix, since after a restart by --max-restarts torchrun's store may still hold the
+        # addresses of the dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        patience = timedelta(hours=2)  # rank 0 may have to download
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
 
@@ -493,15 +500,16 @@ def build_backbone(args: Namespace) -> nn.Module:
     if args.arch not in known:
         refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
-        zero_init = {"zero_init_residual": args.zero_init_residual}
-        # A network of your own: build it in a branch here and add its name to `known`. It needs a
-        # head, that is a Linear or Conv2d as its last layer, since the last one is cut off below.
+        # A network of your own, (N, 3, H, W) -> (N, d): build it in a branch here and add its name
+        # to `known`. Its last Linear or Conv2d is taken off below, as the head: if yours has none,
+        # append one. Under DDP all of its parameters must be used.
         if args.arch == "resnet10":
-            net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], **zero_init)
+            block = models.resnet.BasicBlock
+            net = models.ResNet(block, [1] * 4, zero_init_residual=args.zero_init_residual)
         elif args.arch in ("googlenet", "inception_v3"):
             net = models.get_model(args.arch, aux_logits=False, init_weights=True)
         elif hasattr(models.resnet, args.arch):
-            net = models.get_model(args.arch, **zero_init)
+            net = models.get_model(args.arch, zero_init_residual=args.zero_init_residual)
         else:
             net = models.get_model(args.arch)
         if isinstance(net, models.ResNet) and args.stem != "imagenet":
@@ -647,12 +655,13 @@ def readable(path: Path) -> Iterator[None]:
 
 def settings(args: Namespace) -> dict:
     """What the weights depend on; a run may continue with other values of the rest."""
-    free = "data root run_dir eval compile workers save_every log_every probe_every probe_epochs"
-    free += " tensorboard ranks"
-    return {key: value for key, value in vars(args).items() if key not in free.split()}
+    free = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
+    free |= {"save_every", "log_every", "probe_every", "probe_epochs"}
+    return {key: value for key, value in vars(args).items() if key not in free}
 
 
 def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None:
+    """The state of `parts` (all of Method, optimizer, scaler), the steps done, and `settings`."""
     state = {key: part.state_dict() for key, part in parts.items()}
     if not all(value.isfinite().all() for value in state["model"].values()):
         refuse(f"weights not finite at step {step}, not saved: lower --lr or use fp32", 1)
@@ -673,8 +682,9 @@ def resume(path: Path, args: Namespace, parts: dict) -> int:
         return 0
     with readable(path):
         for key, value in settings(args).items():
-            if saved["settings"][key] != value:
-                raise ValueError(f"{key} was {saved['settings'][key]} and is {value}")
+            before = saved["settings"].get(key)
+            if before != value:
+                raise ValueError(f"{key} was {before} and is {value}")
         if saved["step"] not in range(1, args.steps + 1):
             raise ValueError(f"step {saved['step']}")
         for key, part in parts.items():
@@ -717,7 +727,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    # To SGD at rate 1, r times the loss of a classifier is a learning rate of r.
+    # The classifiers share no weights: to weight the loss of one by r scales its gradient alone,
+    # which is the same as SGD at the learning rate r.
     optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
@@ -737,40 +748,30 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
 
-def save_pictures(path: Path, columns: list[Tensor]) -> None:
-    """Eight rows, with a picture from each column (N, 3, H, W) of normalised views."""
+def save_pictures(path: Path, rows: Tensor) -> None:
+    """Normalised views (rows, columns, 3, H, W) as one picture."""
     if RANK == 0:
-        pictures = torch.stack([column[:8] for column in columns], 1).flatten(0, 1)
-        save_image(Augment().restore(pictures), path, nrow=len(columns))
+        save_image(Augment().restore(rows.flatten(0, 1)), path, nrow=rows.shape[1])
 
 
-def save_neighbours(
-    path: Path, backbone: nn.Module, queries: Images, images: Images, args: Namespace
-) -> None:
-    """Each row: a query, then the images, out of 5,000, whose features are nearest to its own."""
-
-    def some(images: Images, count: int) -> Images:  # spread evenly over all
-        return images.take(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
-
-    queries, images = some(queries, 8), some(images, 5000)
-    q, x = features(backbone, queries, args), features(backbone, images, args)
-    nearest = (F.normalize(q) @ F.normalize(x).T).topk(min(8, len(x))).indices.cpu().numpy()
-    columns = []
-    nearest_first = [images.take(column) for column in nearest.T]
-    for found in [queries, *nearest_first]:  # each as one batch
-        _, (pictures,) = next(Batches(found, [Augment(96)], len(found)).stream([0], DEVICE))
-        columns.append(pictures)
-    save_pictures(path, columns)
+def save_neighbours(path: Path, backbone: nn.Module, images: Images, args: Namespace) -> None:
+    """Each row: one of 5,000 images, then the eight whose features are nearest to its own."""
+    some = np.linspace(0, len(images) - 1, min(5000, len(images))).astype(int)  # spread evenly
+    images = images.take(some)
+    x = F.normalize(features(backbone, images, args))
+    queries = np.linspace(0, len(x) - 1, min(8, len(x))).astype(int)
+    nearest = (x[queries] @ x.T).topk(min(9, len(x))).indices  # the very nearest is the query
+    shown = images.take(nearest.flatten().cpu().numpy())
+    _, (pictures,) = next(Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE))
+    save_pictures(path, pictures.unflatten(0, nearest.shape))
 
 
 def evaluate(backbone: nn.Module, data: Data, args: Namespace, log: Log, step: int) -> None:
     """neighbours.png, and the linear probe of the trained and of the untrained backbone."""
-    images = queries = data.pretrain
     if data.train is not None:
-        images, queries = data.train, data.val
         untrained = linear_probe(build_backbone(args), data, args)["top1"]
         log("probe", step, **linear_probe(backbone, data, args), top1_untrained=untrained)
-    save_neighbours(Path(args.run_dir, "neighbours.png"), backbone, queries, images, args)
+    save_neighbours(Path(args.run_dir, "neighbours.png"), backbone, data.val or data.pretrain, args)
 
 
 def log_progress(
@@ -779,7 +780,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A method may log a value from some step on only.
+        # A method may log a value from some step on only, as curation does.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work
@@ -793,12 +794,12 @@ def log_progress(
         refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", 1)
 
 
-# The end of a run. Before and after training a signal has its default action; in training the first
-# is noted in STOP (`note_signal`), and then it may be that
-# - nothing else happens: after the step the ranks agree (`asked_to_stop`), rank 0 saves, all end;
-# - the data workers got it too and are dead: `next_views` makes this step's views without them;
-# - they are dead in a probe, or another rank has ended first: an error, met at this file's end.
-# If torchrun is killed, this process sends itself SIGTERM (`end_with_torchrun`).
+# The end of a run by a signal. Outside of training there is nothing to save, so signals do what
+# they do by default. In training
+# 1. `note_signal` only notes the signal in STOP, so that the step can be finished;
+# 2. after each step all ranks ask in `asked_to_stop` whether any of them has noted one;
+# 3. if so, rank 0 saves, and all ranks end (in `train`).
+# `end_with_torchrun` sends the signal where torchrun has been killed and cannot.
 STOP = []
 PARENT = os.getppid()
 
@@ -811,7 +812,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    # The next one ends at once; not under torchrun, which passes them on: one may come twice.
+    # From now on a signal ends the run at once. Not under torchrun: it passes signals on to ranks
+    # that may have got them already, and so the second may be the first once more.
     if "RANK" not in os.environ:
         set_signals(signal.SIG_DFL)
 
@@ -830,26 +832,10 @@ def asked_to_stop() -> int:
     return int(number)
 
 
-def next_views(stream: Iterator, step: int, data: Data, args: Namespace) -> list[Tensor]:
-    """If a signal has killed the workers, one step more without them: all ranks save after it."""
-    try:
-        return next(stream)[1]
-    except DataError:
-        time.sleep(1)  # the signal may reach this process later than its workers
-        if not STOP:
-            raise
-        return next(view_stream(range(step, step + 1), data, args, 0))[1]
-
-
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
-        time.sleep(1)
-        if STOP:  # the signal has ended the data workers of a probe; training has saved before
-            sys.exit(128 + STOP[0])
-        refuse(str(error), 1)
-    except (OSError, ImportError) as error:
+    except (DataError, OSError, ImportError) as error:
         refuse(str(error), 1)
     except RuntimeError as error:
         # GPU memory or main memory; the second where not even the size can be computed.
@@ -857,8 +843,6 @@ if __name__ == "__main__":
             refuse(f"{error}: lower --batch-size or --image-size", 1)
         if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently
             time.sleep(5)
-        if STOP:
-            sys.exit(128 + STOP[0])
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -164,7 +164,7 @@ def built(script: ModuleType, extra: str = "", small: bool = True) -> SimpleName
 
 def views(script: ModuleType, run: SimpleNamespace, step: int) -> list[torch.Tensor]:
     """The two views of the batch of `step` of a run that `built` has made."""
-    return next(script.view_stream(range(step, step + 1), run.data, run.args, 0))[1]
+    return next(script.view_stream(range(step, step + 1), run.data, run.args))[1]
 
 
 def same(a: object, b: object) -> bool:

@@ -45,12 +45,19 @@ def losses(d: int) -> dict:
     weight = torch.randn(N, d, generator=g, dtype=torch.float64)
     queue = nn.functional.normalize(torch.randn(7, d, generator=g, dtype=torch.float64), dim=1)
     gather = common.gather
+    # The example in the comment on losses of one's own.
+    source = Path(common.__file__).read_text()
+    start = source.index("#     def spread(")
+    lines = source[start : source.index("#\n# Everything is computed", start)]
+    example = vars(common).copy()
+    exec("\n".join(line[6:] for line in lines.splitlines()), example)
     return {
         "nt_xent": partial(common.nt_xent, temperature=0.2),
         "info_nce": lambda z1, z2: common.info_nce(z1, z2, queue),
         "byol_loss": common.byol_loss,
         "barlow_twins": common.barlow_twins,
         "dimcl": common.dimcl,
+        "spread": lambda z1, z2: example["spread"](z1) + z2.square().mean(),
         "gather": lambda z1, z2: (gather(z1) * gather(z2).cos()).square().sum() / N,
         # Both receive the same tensor as their gradient, and must not change it.
         "gather sum": lambda z1, z2: ((gather(z1) + gather(z2)) * weight).sum(),

@@ -77,9 +77,10 @@ SYNC = [
 PICTURES = [
     "-        if step in (0, args.steps - 1):",
     "-            with torch.no_grad():  # columns: both views, both fused (at first the same)",
-    '-                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])',
+    "-                columns = torch.stack([*views, *model.fuse(*views, step)], 1)",
+    '-            save_pictures(run / "views.png", columns[:8])',
     "+        if step == 0:  # a row for each image",
-    '+            save_pictures(run / "views.png", views)',
+    '+            save_pictures(run / "views.png", torch.stack(views, 1)[:8])',
 ]
 TRAINING = {  # train() and main(): all that differs from simclr_fusion
     "simclr_fusion": [],
@@ -911,7 +912,7 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(machine, tmp_path, cap
     kinds |= {"foreign": {"state_dict": {}, "epoch": 3}, "list": [1, 2], "a": torch.ones(3)}
     kinds |= {f"no {key}": {k: v for k, v in good.items() if k != key} for key in good}
     kinds |= {f"{step!r}": good | {"step": step} for step in ("5", 0, -1, 9, 10**6, None, 2.5)}
-    changes = {"lr": 0.5, "checksum": 1, "images": 63, "fusion_width": 8, "preset": "cifar"}
+    changes = {"lr": 0.5, "checksum": 1, "images": 63, "fusion_batch": 8, "preset": "cifar"}
     for key, value in changes.items():
         kinds[f"{key} was {value}"] = good | {"settings": good["settings"] | {key: value}}
     less = {key: value for key, value in good["settings"].items() if key != "seed"}
@@ -1015,23 +1016,6 @@ def test_signals_are_caught_in_training_only(machine, monkeypatch, tmp_path):
     ignored = SIGNALS.index(signal.SIGHUP)
     assert [handlers.pop(ignored) for handlers in seen] == [signal.SIG_IGN] * 3
     assert seen == [[signal.SIG_DFL] * 3, [machine.note_signal] * 3, [signal.SIG_DFL] * 3]
-
-
-def test_a_step_whose_workers_were_signalled_too(script, monkeypatch):
-    """Its images are loaded without them, so that the run can save; else the failure is told."""
-    run = built(script)
-
-    def failing():
-        raise common.DataError("a worker was killed")
-        yield
-
-    monkeypatch.setattr(script.time, "sleep", lambda _: None)
-    monkeypatch.setattr(script, "STOP", [])
-    with pytest.raises(common.DataError):
-        script.next_views(failing(), 5, run.data, run.args)
-    script.STOP.append(signal.SIGTERM)
-    found = script.next_views(failing(), 5, run.data, run.args)
-    assert same(found, views(script, run, 5))
 
 
 def test_a_torn_last_line_is_dropped(machine, tmp_path):
