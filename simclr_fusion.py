@@ -10,10 +10,9 @@ The same command again continues where the last run stopped; --fusion-layers 0 i
 
 Method. Two random views of the B images of a rank pass the fusion layer, the backbone f and the
 projector g: z = g(f(fuse(x))), loss = NT-Xent(z1, z2). The fusion layer reads the batch as a single
-sample with the B images as its channels, so it depends on the number of ranks. It cuts X (B, C, H,
-W) into N = HW / p^2 patches of D = p^2 C numbers each, lays them out as T (1, B, D, N), where D
-runs over colours and places within a patch and N over the patches row by row, and computes
-`fusion_layers` times
+sample with the B images as its channels. It cuts X (B, C, H, W) into N = HW / p^2 patches of
+D = p^2 C numbers each, lays them out as T (1, B, D, N), where D runs over colours and places within
+a patch and N over the patches row by row, and computes `fusion_layers` times
 
     T <- T + Conv(T),   Conv: B -> B channels, k x k over the plane (D, N), no bias, zero at first
 
@@ -149,12 +148,12 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` has the settings in effect, which come from, in this order,
+# `args` has the settings in effect. They come from, the later overriding the earlier,
 # - `choose_preset`: a column of PRESETS, its name as `preset`, and image_size;
 # - the flags that are given, and the defaults of those that have no row in PRESETS;
 # - `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
 #   warmup_steps (numbers of steps) and peak_lr (lr scaled by the batch);
-# - `fit_method`: chance_loss, which is only logged, and what the method needs.
+# - `fit_method`: chance_loss, for the log alone, and what the method needs.
 # `given` is the bare command line: a flag that is not given and has no default is None in it.
 
 
@@ -327,8 +326,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
             with torch.no_grad():  # columns: both views, both fused (at first the same)
-                columns = torch.stack([*views, *model.fuse(*views, step)], 1)
-            save_pictures(run / "views.png", columns[:8])
+                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Networks with dropout draw from this. A function of the step, as all that is random.
@@ -486,13 +484,14 @@ def join_ranks() -> None:
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         try:
-            store, rank, world = next(dist.rendezvous("env://"))  # what torchrun has set
+            # Torchrun starts its store before its ranks: without an answer it has been killed.
+            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        # A prefix, since after a restart by --max-restarts torchrun's store may still hold the
-        # addresses of the dead ranks.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         patience = timedelta(hours=2)  # rank 0 may have to download
+        store.set_timeout(patience)
+        # After a restart by --max-restarts the store may still hold the addresses of dead ranks.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
 
@@ -677,7 +676,7 @@ def readable(path: Path) -> Iterator[None]:
 def settings(args: Namespace) -> dict:
     """What the weights depend on; a run may continue with other values of the rest."""
     free = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
-    free |= {"save_every", "log_every", "probe_every", "probe_epochs"}
+    free |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
     return {key: value for key, value in vars(args).items() if key not in free}
 
 
@@ -769,10 +768,11 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
 
-def save_pictures(path: Path, rows: Tensor) -> None:
-    """Normalised views (rows, columns, 3, H, W) as one picture."""
+def save_pictures(path: Path, columns: list[Tensor]) -> None:
+    """Eight rows, with a picture from each column (N, 3, H, W) of normalised views."""
     if RANK == 0:
-        save_image(Augment().restore(rows.flatten(0, 1)), path, nrow=rows.shape[1])
+        pictures = torch.stack([column[:8] for column in columns], 1).flatten(0, 1)
+        save_image(Augment().restore(pictures), path, nrow=len(columns))
 
 
 def save_neighbours(path: Path, backbone: nn.Module, images: Images, args: Namespace) -> None:
@@ -784,15 +784,17 @@ def save_neighbours(path: Path, backbone: nn.Module, images: Images, args: Names
     nearest = (x[queries] @ x.T).topk(min(9, len(x))).indices  # the very nearest is the query
     shown = images.take(nearest.flatten().cpu().numpy())
     _, (pictures,) = next(Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE))
-    save_pictures(path, pictures.unflatten(0, nearest.shape))
+    save_pictures(path, pictures.unflatten(0, nearest.shape).unbind(1))
 
 
 def evaluate(backbone: nn.Module, data: Data, args: Namespace, log: Log, step: int) -> None:
     """neighbours.png, and the linear probe of the trained and of the untrained backbone."""
+    images = data.pretrain
     if data.train is not None:
+        images = data.val
         untrained = linear_probe(build_backbone(args), data, args)["top1"]
         log("probe", step, **linear_probe(backbone, data, args), top1_untrained=untrained)
-    save_neighbours(Path(args.run_dir, "neighbours.png"), backbone, data.val or data.pretrain, args)
+    save_neighbours(Path(args.run_dir, "neighbours.png"), backbone, images, args)
 
 
 def log_progress(
@@ -833,8 +835,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    # From now on a signal ends the run at once. Not under torchrun: it passes signals on to ranks
-    # that may have got them already, and so the second may be the first once more.
+    # From now on a signal ends the run at once. But torchrun may deliver the same signal twice:
+    # under it a second one changes nothing.
     if "RANK" not in os.environ:
         set_signals(signal.SIG_DFL)
 

@@ -77,10 +77,9 @@ SYNC = [
 PICTURES = [
     "-        if step in (0, args.steps - 1):",
     "-            with torch.no_grad():  # columns: both views, both fused (at first the same)",
-    "-                columns = torch.stack([*views, *model.fuse(*views, step)], 1)",
-    '-            save_pictures(run / "views.png", columns[:8])',
+    '-                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])',
     "+        if step == 0:  # a row for each image",
-    '+            save_pictures(run / "views.png", torch.stack(views, 1)[:8])',
+    '+            save_pictures(run / "views.png", views)',
 ]
 TRAINING = {  # train() and main(): all that differs from simclr_fusion
     "simclr_fusion": [],
