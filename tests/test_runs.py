@@ -436,8 +436,11 @@ def test_one_run_at_a_time_and_stopped_with_its_workers(mixed, tmp_path, capfd):
     words = [*flags("simclr_fusion"), "--data", mixed, "--run-dir", tmp_path]
     refused(inside(capfd, "simclr_fusion", *words), "another process", str(tmp_path))
     workers = children(process.pid)
-    for pid in (*workers, process.pid):
-        os.kill(pid, signal.SIGTERM)
+    for pid in workers:
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(pid, number)
+    assert alive(workers) == workers  # the trainer needs them until it has saved
+    process.send_signal(signal.SIGTERM)
     done = result(process, 20)
     assert done.code == 128 + signal.SIGTERM and not done.err, done.err
     assert "by 'SIGTERM', next 'the same command continues'" in done.out
