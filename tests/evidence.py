@@ -7,7 +7,8 @@
 
 Finished runs stand in tests/evidence.json and are not run again; stopped and killed ones continue.
 CELLS report on val, which chooses nothing. What is chosen is chosen among TRIES: they see train
-alone, of which a tenth is held out. Each run uses the scripts as they are when it starts.
+alone, of which a tenth is held out, for half as many epochs. Each run uses the scripts as they are
+when it starts.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def tries() -> list[Cell]:
         plain = f"{cell.plain} {more}"
         plain = plain if plain in found else f"{cell.plain} {RATES[0]}"
         name, flags = f"{cell.name} {more}", f"{cell.flags} {more}".strip()
-        found[name] = Cell(name, cell.script, flags, plain, seeds=1, data="DATA/train")
+        found[name] = Cell(name, cell.script, flags, plain, epochs=4, seeds=1, data="DATA/train")
     return list(found.values())
 
 
