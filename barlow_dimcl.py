@@ -52,14 +52,16 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
-# load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
-# Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for each
-# step which images this rank gets and their views, each (batch / WORLD, 3, size, size). Without a
-# seed: centre crops of the images in their order, for evaluation. generator(*key) draws random
-# numbers that are a function of the key alone; the strings in a key say what for.
-# Both losses take the rows of this rank, gather those of the others with their gradient, and return
-# this rank's share. The mean of the shares over the ranks is the loss of the whole batch;
-# DistributedDataParallel averages the gradients likewise, so no factor WORLD is needed.
+# - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
+# - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
+#   step which images this rank gets and their views, each (batch / WORLD, 3, size, size). Without a
+#   seed: centre crops of the images in their order, for evaluation.
+# - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
+#   say what for.
+# - The losses take this rank's rows, gather those of the other ranks with their gradient where they
+#   need them, and return this rank's share of the loss.
+# The mean of what the ranks return is the loss of the whole batch. As DistributedDataParallel takes
+# the mean of the ranks' gradients, nothing has to be multiplied by WORLD.
 from common import (
     BYOL_VIEWS,
     Augment,
@@ -83,8 +85,8 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - Other images get the column `cifar` where their longest side is at most 48 px, `stl10` up to
 #   128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
-# - What is not given is fitted to the data: the batch to at least eight steps an epoch, the warm-up
-#   to at most a tenth of the epochs.
+# - What is not given is fitted: the batch to at least eight steps an epoch, the warm-up to at most
+#   a tenth of the epochs.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
 # bias_rate is the rate of biases and norms as a share of that of weights. LARS makes the step of
 # weights independent of the loss's scale, theirs not, so it belongs to a scale. solo-learn scales
@@ -156,13 +158,13 @@ MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` has the settings in effect. They come from, the later overriding the earlier,
-# - `choose_preset`: a column of PRESETS, its name as `preset`, and image_size;
-# - the flags that are given, and the defaults of those that have no row in PRESETS;
-# - `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
-#   warmup_steps (numbers of steps) and peak_lr (lr scaled by the batch);
-# - `fit_method`: chance_loss, for the log alone, and what the method needs.
-# `given` is the bare command line: a flag that is not given and has no default is None in it.
+# `args` holds all settings. The command line comes first; after it are set, in this order,
+# - by `choose_preset`: flags that are not given and have a row in PRESETS, the rows without a flag,
+#   the name of the column as `preset`, and image_size;
+# - by `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
+#   warmup_steps (numbers of steps), and peak_lr (lr scaled by the batch);
+# - by `fit_method`: chance_loss, for the log alone, and what the method needs.
+# `given` holds the names of the flags that are given or have a default.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -220,7 +222,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     ]
 
 
-def fit_method(args: Namespace, given: Namespace) -> None:
+def fit_method(args: Namespace, given: set[str]) -> None:
     """Refuses what this method cannot do."""
     if args.dimcl_weight > 1:
         refuse(f"--dimcl-weight {args.dimcl_weight} is greater than 1")
@@ -231,11 +233,17 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 # ------------------------------------------------------------------------------------- training
 #
-# To accumulate gradients over A steps, each with a batch and negatives of its own:
-# - in `train`, call backward on loss / A, and put under `if (step + 1) % A == 0` the three calls
-#   that follow it, and the answer to signals with the saving, from `stop =` to sys.exit;
-# - in `configure`, round epoch_steps down to a multiple of A, and multiply `scale` by A;
-# - a moving average of weights, which BYOL and MoCo keep, is updated where `step % A == 0`.
+# To accumulate gradients over A steps, each with a batch and negatives of its own, write instead of
+# the four lines from backward() on
+#
+#     scaler.scale(loss / A).backward()
+#     if (step + 1) % A == 0:
+#         scaler.step(optimizer)
+#         scaler.update()
+#         optimizer.zero_grad()
+#
+# and put under the same `if` what answers signals and saves, from `stop =` to sys.exit: gradients
+# are not saved. In `configure` round epoch_steps down to a multiple of A, multiply `scale` by A.
 
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
@@ -342,11 +350,11 @@ def refuse(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def choose_preset(given: Namespace, images: Images) -> dict:
-    """The column of PRESETS for the images, fitted to their size and number."""
+def choose_preset(args: Namespace, images: Images) -> dict:
+    """The column of PRESETS for the images, fitted to them and to what is given in `args`."""
     side = max(max(size) for size in images.sizes)
-    if given.data in DATA_SETS:  # shapes, stl10, imagenet100, imagenet
-        column = given.data
+    if args.data in DATA_SETS:  # shapes, stl10, imagenet100, imagenet
+        column = args.data
     elif side <= 48:  # cifar10 and cifar100 as well
         column = "cifar"
     elif side <= 128:
@@ -357,34 +365,34 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     preset["preset"] = column  # for the log
     preset["image_size"] = max(8, side) if side <= 128 else 224
     if preset["stem"] is None:
-        small = (given.image_size or preset["image_size"]) <= 64
+        small = (args.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
     while preset["batch_size"] > max(len(images) // 8, 2 * WORLD):  # at least eight steps an epoch
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD
-    preset["warmup_epochs"] = min(preset["warmup_epochs"], (given.epochs or preset["epochs"]) / 10)
+    preset["warmup_epochs"] = min(preset["warmup_epochs"], (args.epochs or preset["epochs"]) / 10)
     return preset
 
 
 def configure() -> tuple[Namespace, Data]:
-    """The settings in effect, and the images.
-
-    The command line is parsed twice: flags that have a preset have no default, and so are None
-    where they are not given; then the preset becomes the default, its rows without a flag too.
-    """
+    """The settings in effect, and the images."""
     parser.error = refuse  # argparse's own prints the usage as well
-    given = parser.parse_args()
-    for key, value in vars(given).items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        least = 0 if key in MAY_BE_0 else 1e-12
-        if value == "" or (is_number and not least <= value < 2**31):
-            refuse(f"--{key.replace('_', '-')} '{value}' is empty or out of range")
+    args = parser.parse_args()
+    for key, value in vars(args).items():
+        name = f"--{key.replace('_', '-')}"
+        if value == "":
+            refuse(f"{name} is empty")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not 0 <= value < 2**31 or (value == 0 and key not in MAY_BE_0):
+                refuse(f"{name} {value} is out of range")
     try:
-        data = load_data(given.data, given.root)  # if rank 0 has to download, the others wait
+        data = load_data(args.data, args.root)  # if rank 0 has to download, the others wait
     except DataError as error:
         refuse(str(error))
-    parser.set_defaults(**choose_preset(given, data.pretrain))
-    args = parser.parse_args()
+    given = {key for key, value in vars(args).items() if value is not None}
+    for key, value in choose_preset(args, data.pretrain).items():
+        if key not in given:
+            setattr(args, key, value)
 
     args.ranks, args.images = WORLD, len(data.pretrain)
     args.checksum = data.pretrain.checksum
@@ -448,15 +456,22 @@ def autocast(args: Namespace) -> torch.autocast:
 
 
 def build_backbone(args: Namespace) -> nn.Module:
-    """The network without its head, a function of the seed; its output has `num_features`."""
+    """The network without its head, a function of the seed; its output has `num_features`.
+
+    For a network of your own, (N, 3, H, W) -> (N, d), make it here instead, with an attribute
+    num_features, which is d. Under DDP all of its parameters must take part in the loss.
+    """
     torch.manual_seed(args.seed)
+    net = torchvision_network(args)
+    return net.train().to(DEVICE, memory_format=torch.channels_last)
+
+
+def torchvision_network(args: Namespace) -> nn.Module:
+    """A classification model of torchvision, with an Identity in place of its head."""
     known = ["resnet10", *models.list_models(module=models)]
     if args.arch not in known:
         refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
-        # A network of your own, (N, 3, H, W) -> (N, d): build it in a branch here and add its name
-        # to `known`. Its last Linear or Conv2d is taken off below, as the head: if yours has none,
-        # append one. Under DDP all of its parameters must be used.
         if args.arch == "resnet10":
             block = models.resnet.BasicBlock
             net = models.ResNet(block, [1] * 4, zero_init_residual=args.zero_init_residual)
@@ -473,12 +488,12 @@ def build_backbone(args: Namespace) -> nn.Module:
             net.maxpool = nn.Identity()
         kinds = (nn.Linear, nn.Conv2d)
         layers = [path for path, module in net.named_modules() if isinstance(module, kinds)]
-        net.set_submodule(layers[-1], nn.Identity())
+        net.set_submodule(layers[-1], nn.Identity())  # the head is the last of them in all models
         net.eval()
         net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
         refuse(f"--arch {args.arch} does not work at --image-size {args.image_size}: {error}")
-    return net.train().to(DEVICE, memory_format=torch.channels_last)
+    return net
 
 
 class LARS(torch.optim.SGD):
@@ -499,7 +514,7 @@ class LARS(torch.optim.SGD):
     def step(self) -> None:
         for group in self.param_groups:
             for w in group["params"]:
-                if w.grad is None:  # as SGD does: frozen
+                if w.grad is None:  # frozen: SGD leaves it out as well
                     continue
                 g_norm = w.grad.norm()
                 update = w.grad.add_(w, alpha=group["decay"])  # in place: SGD will use w.grad
@@ -659,7 +674,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
         with autocast(args):
             x[rows] = backbone(view).float()
     backbone.train()
-    x = sum_over_ranks(x)
+    x = sum_over_ranks(x)  # each row is 0 on all ranks but one
     if not x.isfinite().all():
         refuse("the features are not finite: the weights are damaged, or --precision is too low")
     return x
@@ -737,7 +752,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A method may log a value from some step on only, as curation does.
+        # A value may be missing at first: a method may log it from some step on only.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work
@@ -751,17 +766,17 @@ def log_progress(
         refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", 1)
 
 
-# The end of a run by a signal. Outside of training there is nothing to save, so signals do what
-# they do by default. In training
-# 1. `note_signal` only notes the signal in STOP, so that the step can be finished;
-# 2. after each step all ranks ask in `asked_to_stop` whether any of them has noted one;
-# 3. if so, rank 0 saves, and all ranks end (in `train`).
-# `end_with_torchrun` sends the signal where torchrun has been killed and cannot.
+# How a signal ends a run. Before and after training there is nothing to save, and signals do what
+# they do by default. In training a signal has to wait for the end of the step:
+# 1. its handler, `note_signal`, only puts its number into STOP;
+# 2. after each step `asked_to_stop` finds out whether any rank has received one;
+# 3. then `train` saves, on rank 0, and ends, on all.
 STOP = []
 PARENT = os.getppid()
 
 
 def end_with_torchrun() -> None:
+    """In a thread: if torchrun is killed, nobody else would send its ranks a signal."""
     while os.getppid() == PARENT:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -769,10 +784,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    # From now on a signal ends the run at once. But torchrun may deliver the same signal twice:
-    # under it a second one changes nothing.
-    if "RANK" not in os.environ:
-        set_signals(signal.SIG_DFL)
+    if "RANK" not in os.environ:  # torchrun may deliver the same signal twice
+        set_signals(signal.SIG_DFL)  # a second one ends the run at once
 
 
 def set_signals(handler: object) -> None:

@@ -454,10 +454,10 @@ def jpeg(options: argparse.Namespace) -> None:
 
 def settings(column: str, flags: str) -> argparse.Namespace:
     """What the trainer makes of these flags for the data set of this column."""
-    given = trainer.parser.parse_args(flags.split())
-    args = argparse.Namespace(**vars(given))
+    args = trainer.parser.parse_args(flags.split())
+    given = {key for key, value in vars(args).items() if value is not None}
     for key, row in trainer.PRESETS.items():
-        if getattr(args, key, None) is None:
+        if key not in given:
             setattr(args, key, row[trainer.DATA_SETS.index(column)])
     args.peak_lr = args.lr
     trainer.fit_method(args, given)
