@@ -153,31 +153,30 @@ class OnDisk:
             raise OSError("no file")  # a pipe or device, which might never end
         return _decode(Path(self.path(index)).read_bytes())
 
-    def read(self, index: int) -> tuple[Tensor, list[int]]:
-        """Pixels (3, H, W) uint8 of image `index`, and the images that proved unreadable.
+    def read(self, index: int) -> tuple[Tensor, dict[int, str]]:
+        """Pixels (3, H, W) uint8 of image `index`, and the images that proved unreadable, and why.
 
         In place of an unreadable image the next readable one is given: in the order of the files it
         is nearly always one of the same class. Raises DataError after a hundred unreadable ones.
         """
-        unreadable = []
-        for i in range(index, index + 100):
-            i %= len(self)
+        unreadable = {}
+        for tried in range(min(100, len(self))):
+            i = (index + tried) % len(self)
             try:
                 return self.decode(i), unreadable
             except Exception as error:  # decoders have many words for a broken file
-                unreadable.append(i)
-                reason = " ".join(str(error).split())[:200]
-        found = f"{self.path(index)!r} and 99 files after it can't be read as images"
-        raise DataError(f"{found} (the last one: {reason})")
+                unreadable[i] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        found = f"{self.path(index)!r} and {tried} files after it can't be read as images"
+        raise DataError(f"{found} (the last one: {unreadable[i]})")
 
-    def note_broken(self, unreadable: list[int]) -> None:
+    def note_broken(self, unreadable: dict[int, str]) -> None:
         """Names each unreadable file once, on stderr. DataError: above 1 % and above one.
 
         Each rank counts those that it has met.
         """
         for i in sorted(set(unreadable) - self.broken):
             self.broken.add(i)
-            line = f"unreadable image, replaced by the next one: {self.path(i)!r}"
+            line = f"unreadable image, replaced by the next one: {self.path(i)!r} ({unreadable[i]})"
             print(line, file=sys.stderr, flush=True)
         if len(self.broken) > max(1, 0.01 * len(self)):
             found = f"{len(self.broken)} of {len(self)} images in {os.fsdecode(self.folder)!r}"
@@ -345,7 +344,7 @@ def _hold(images: OnDisk) -> Images:
     if len(sizes) > 1 or 3 * height * width * len(images) > MEMORY_LIMIT:
         return images
     pixels = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
-    broken = []
+    broken = {}
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         decoded = pool.map(images.read, range(len(images)))
         for i, (image, unreadable) in enumerate(decoded):
@@ -353,7 +352,7 @@ def _hold(images: OnDisk) -> Images:
                 pool.shutdown(cancel_futures=True)
                 return images
             pixels[i] = image
-            broken += unreadable
+            broken.update(unreadable)
     images.note_broken(broken)
     return InMemory(pixels, images.labels)
 
@@ -528,24 +527,24 @@ class Batches(torch.utils.data.Dataset):
                 line = f"loading images failed ({line}): {hint}"
             raise DataError(line) from error
 
-    def __getitem__(self, step: int) -> tuple[list[Tensor], list[int]]:
+    def __getitem__(self, step: int) -> tuple[list[Tensor], dict[int, str]]:
         """A worker's part for images on disk: decodes a file once and crops it for all its views.
 
-        Returns for each recipe (B, 3, size, size) uint8, and the images that were unreadable.
+        Returns for each recipe (B, 3, size, size) uint8, and the unreadable images, as `read` does.
         Colours are innermost in memory, as decoders and resizing have them.
         """
         rows = self.rows(step)
         numbers = self._numbers(step)
         shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in self.recipes]
         crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
-        unreadable = []
+        unreadable = {}
         for start in range(0, len(rows), 8):  # a few at a time, because decoded images are large
             part = slice(start, start + 8)
             images = []
             for row in rows[part]:
                 image, bad = self.images.read(int(row))
                 images.append(image)
-                unreadable += bad
+                unreadable.update(bad)
             heights, widths = np.array([image.shape[1:] for image in images]).T
             for recipe, u, out in zip(self.recipes, numbers, crops, strict=True):
                 if self.seed is None:
@@ -841,20 +840,18 @@ def _crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
 def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size: int) -> Tensor:
     """Weights (n, size, side): `size` pixels out of [start, start + length), a part of `side`.
 
-    start, length, flip: (n, 1, 1). Bilinear with antialiasing, as torchvision. Measured from start,
-    the centre of pixel j is j + 1/2 - start, that of output o is (o + 1/2) length / size, mirrored
-    if flipped. Weights fall linearly with the distance of the two, to 0 at a distance of 1 pixel,
-    or of length / size pixels where the crop shrinks, and have sum 1.
+    start, length, flip: (n, 1, 1). Bilinear with antialiasing, as in torchvision: weights fall
+    linearly with the distance between the centres of pixel and output, both measured from start, to
+    0 at a distance of 1 pixel, or of length / size pixels where the crop shrinks. Their sum is 1.
     """
-    j = torch.arange(side, device=start.device) + 0.5 - start
-    inner = (j > 0) & (j < length)
-    j = torch.where(inner, j, torch.inf)  # pixels outside of the crop have weight 0
-    o = torch.arange(size, device=start.device)[:, None] + 0.5
-    o = torch.where(flip > 0, size - o, o)
-    centre = o * (length / size)
+    pixel = torch.arange(side, device=start.device) + 0.5 - start
+    inside = (pixel > 0) & (pixel < length)
+    pixel = torch.where(inside, pixel, torch.inf)  # others have weight 0
+    output = torch.arange(size, device=start.device)[:, None] + 0.5
+    output = torch.where(flip > 0, size - output, output) * (length / size)
     slope = (size / length).clamp(max=1)
-    # max(0, 1 - |j - centre| slope)
-    weight = (j - centre).abs_().mul_(-slope).add_(1).clamp_(min=0)
+    # max(0, 1 - |pixel - output| slope)
+    weight = (pixel - output).abs_().mul_(-slope).add_(1).clamp_(min=0)
     return weight.div_(weight.sum(2, keepdim=True))
 
 
@@ -904,8 +901,9 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 #     r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
 #     g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
 #     b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
-# which is p with the sign of g - b in all cases, as p >= 0. Back, with c(h) the distance of the hue
-# from h, clamped to [1/6, 1/3] (so |hue - h| will do: the way around is shorter only beyond 1/3):
+# which is p with the sign of g - b in all cases, as p >= 0 (since g + b - r - m >= -d). Back, with
+# c(h) the distance of the hue from h, clamped to [1/6, 1/3] (so |hue - h| will do: the way around
+# is shorter only beyond 1/3):
 #     g = M + d - 6d c(1/3)    M up to 1/6 from its own hue 1/3, m from 1/3 on, linear between
 #     b = M + d - 6d c(2/3)    likewise
 #     r = m - d + 6d c(1/2)    likewise, but 1/2 is opposite of its own hue, 0 or 1
@@ -920,11 +918,11 @@ def _hue(x: Tensor, f: Tensor) -> None:
     six_d = (high - low).mul_(6)
     hue = (green + blue).sub_(red).sub_(low).div_(six_d.clamp(min=1e-12)).add_(1 / 6)  # p
     hue = hue.copysign_(green - blue).add_(f + 1).frac_()  # turned, in [0, 1)
-    low.sub_(six_d, alpha=1 / 6)  # m - d
-    high.add_(six_d, alpha=1 / 6)  # M + d
-    torch.addcmul(low, six_d, _distance(hue, 1 / 2), out=red)
-    torch.addcmul(high, six_d, _distance(hue, 1 / 3), value=-1, out=green)
-    torch.addcmul(high, six_d, _distance(hue, 2 / 3), value=-1, out=blue)
+    bottom = low.sub_(six_d, alpha=1 / 6)  # m - d
+    top = high.add_(six_d, alpha=1 / 6)  # M + d
+    torch.addcmul(bottom, six_d, _distance(hue, 1 / 2), out=red)
+    torch.addcmul(top, six_d, _distance(hue, 1 / 3), value=-1, out=green)
+    torch.addcmul(top, six_d, _distance(hue, 2 / 3), value=-1, out=blue)
 
 
 def _distance(hue: Tensor, centre: float) -> Tensor:  # c
@@ -1150,19 +1148,20 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
 class _PairSums(torch.autograd.Function):
     """S_i = sum of e^(x_i . x_j) over the rows j of x (2N, d) but i and its pair, i + N or i - N.
 
+    Of the pairs (i, i + N) with first <= i < last, this rank's: (2, last - first).
+
     The 2N x 2N matrix E of e^(x_i . x_j) would take the memory: it is made in blocks, and again in
     backward unless it is small. E is symmetric: block (I, J) adds its rows' sums to S_I and its
     columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
     dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
 
-    S is complete only for this rank's pairs, first ... last - 1, and must not be used elsewhere.
-    With N = 4, first = 2, last = 4, for example, complete are S_2, S_3, S_6 and S_7. A block that
-    has none of these as a row or column is skipped; in backward too, where its g_i + g_j are 0.
+    A block without a row or column of these pairs is skipped: in backward too, where g is 0 there.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, first: int, last: int) -> Tensor:
         ctx.size = 256 if x.device.type == "cpu" else 4096
+        ctx.pairs = slice(first, last)
         ctx.kept = {}
         ctx.visits = _visits(len(x), ctx.size, first, last)
         tiny = torch.finfo(x.dtype).tiny  # with N = 1 the sum is empty, and its log is taken
@@ -1177,13 +1176,15 @@ class _PairSums(torch.autograd.Function):
                 if i != j:
                     parts[j].add_(e.sum(0))
         ctx.save_for_backward(x)
-        return sums
+        return sums.view(2, -1)[:, ctx.pairs]  # the others are incomplete
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, of_pairs: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        xs, gs = x.split(ctx.size), g.split(ctx.size)
+        g = x.new_zeros(2, len(x) // 2)
+        g[:, ctx.pairs] = of_pairs
+        xs, gs = x.split(ctx.size), g.flatten().split(ctx.size)
         grad = torch.zeros_like(x)
         grads = grad.split(ctx.size)
         with torch.autocast(x.device.type, enabled=False):
@@ -1254,8 +1255,8 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     """Summed loss of the pairs first ... last - 1, both their rows; rows i, i + N of x pair."""
     pairs = x.unflatten(0, (2, -1))  # (2, N, d)
     positive = (pairs[0] * pairs[1]).sum(1)[first:last]
-    if temperature >= FLOAT32_OK:  # sums of other ranks' rows are cut off: in backward their g is 0
-        log_sums = _PairSums.apply(x, first, last).log().view(2, -1)[:, first:last]
+    if temperature >= FLOAT32_OK:
+        log_sums = _PairSums.apply(x, first, last).log()
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]
         column = torch.arange(len(x), device=x.device) % len(pairs[0])

@@ -308,12 +308,12 @@ def test_an_unreadable_file_is_named_once_and_replaced(tmp_path, capsys, kind):
     assert isinstance(images, OnDisk)
     place = images.files.tolist().index(b"class_0/5.jpg")
     instead, unreadable = images.read(place)
-    assert unreadable == [place] and instead.equal(images.read((place + 1) % 110)[0])
+    assert list(unreadable) == [place] and instead.equal(images.read((place + 1) % 110)[0])
     batches = Batches(images, [SMALL], 110, 0)
     for rows, (views,) in batches.stream(range(3), torch.device("cpu")):
         assert sorted(rows.tolist()) == list(range(110)) and views.isfinite().all()
     err = capsys.readouterr().err
-    assert err.count("class_0/5.jpg") == 1 and err.count("\n") == 1
+    assert err.count("class_0/5.jpg") == 1 and err.count("\n") == 1 and "Error: " in err
 
 
 @pytest.mark.parametrize("name", ["0.png", "0.jpg"])
@@ -325,7 +325,7 @@ def test_a_damaged_png_is_no_crash(name, tmp_path):
     whole[len(whole) // 2] ^= 255
     (tmp_path / name).write_bytes(whole)
     read, unreadable = OnDisk(tmp_path, np.array([name.encode(), b"1.png"])).read(0)
-    assert unreadable == [0] and read.permute(1, 2, 0).equal(torch.from_numpy(pixels))
+    assert list(unreadable) == [0] and read.permute(1, 2, 0).equal(torch.from_numpy(pixels))
 
 
 def test_an_unreadable_file_among_images_in_memory(tmp_path, capsys):
@@ -353,9 +353,9 @@ def test_more_than_one_in_a_hundred_is_an_error(tmp_path, capsys):
 def test_one_unreadable_file_of_few_is_no_error(tmp_path):
     write_images(tmp_path, 1, 10, ((20, 20), (24, 24)))
     images = load_data(str(tmp_path)).pretrain
-    images.note_broken([3])
+    images.note_broken({3: "empty"})
     with pytest.raises(DataError, match="2 of 10"):
-        images.note_broken([3, 4])
+        images.note_broken({3: "empty", 4: "empty"})
 
 
 def test_the_example_of_a_source_of_ones_own(mixed, tmp_path):
@@ -397,7 +397,11 @@ def test_a_store_of_ones_own(mixed):
     ((rows, (views,)),) = Batches(taken, [plain], 2).stream([0], torch.device("cpu"))
     assert views.mean((1, 2, 3)).round().tolist() == [2, 1]
     store.files[0] = b"x"
-    assert store.read(0)[0].unique().tolist() == [0] and store.read(0)[1] == [0]
+    instead, unreadable = store.read(0)
+    assert instead.unique().tolist() == [0] and unreadable[0].startswith("KeyError: ")
+    store.files[:] = b"x"
+    with pytest.raises(DataError, match="'x' and 2 files after it .*KeyError"):
+        store.read(1)
 
 
 def test_pictures_of_unreadable_files(tmp_path):
@@ -408,7 +412,7 @@ def test_pictures_of_unreadable_files(tmp_path):
     some = images.take(np.arange(3))
     for rows, (view,) in Batches(images, [SMALL], 3).stream([0], torch.device("cpu")):
         assert rows.tolist() == [0, 1, 2] and view.shape == (3, 3, 16, 16)
-    assert some.read(0)[1] == [0]
+    assert list(some.read(0)[1]) == [0]
 
 
 # --------------------------------------------------------------------------- what a folder may hold
