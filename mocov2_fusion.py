@@ -159,7 +159,8 @@ flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA
 flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.png")
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
-flag("--lr", type=float, help="at batch 256; scaled by batch / 256, with adamw by its root")
+flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
+flag("--lr", type=float, help="at 256 images an update; scaled by images / 256, adamw: its root")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -290,10 +291,7 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, step: int) -> None:
-        """Only parameters are averaged: batch norms have running averages of their own keys.
-
-        Where gradients are accumulated over A steps: only at each A-th, step % A == 0.
-        """
+        """Only parameters are averaged: batch norms have running averages of their own."""
         weight = 1 - momentum(step, self.args)
         for key, query in (
             (self.key_backbone, self.backbone),
@@ -321,7 +319,8 @@ class Method(nn.Module):
         For a loss of your own: as autocast may be on, cast to float32, as common.py's losses do.
         Its mean over the ranks must be the loss of all images. Change `chance_loss` as well.
         """
-        self.update_key_encoder(step)
+        if step % self.args.accumulate == 0:
+            self.update_key_encoder(step)
         loss, q = self.contrast(x1, x2, step, self.queues[0])
         if self.args.symmetric:
             loss = (loss + self.contrast(x2, x1, step, self.queues[1])[0]) / 2
@@ -387,18 +386,6 @@ def fit_method(args: Namespace, given: set[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------- training
-#
-# To accumulate gradients over A steps, each with a batch and negatives of its own, write instead of
-# the four lines from backward() on
-#
-#     scaler.scale(loss / A).backward()
-#     if (step + 1) % A == 0:
-#         scaler.step(optimizer)
-#         scaler.update()
-#         optimizer.zero_grad()
-#
-# and put under the same `if` what answers signals and saves, from `stop =` to sys.exit: gradients
-# are not saved. In `configure` round epoch_steps down to a multiple of A, multiply `scale` by A.
 
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
@@ -430,12 +417,13 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
+        scaler.scale(loss / args.accumulate).backward()
         done = step + 1
+        if done % args.accumulate == 0:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
         # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
         std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
         values = {"loss": loss, **to_log, "std": std}
@@ -444,9 +432,11 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             lr = optimizer.param_groups[0]["lr"]
             log_progress(log, args, done, history, lr, began, waited)
             history, began, waited = [], time.perf_counter(), 0.0
+        if done % args.accumulate > 0:
+            continue  # gradients are not saved: save and stop only after an update
         epoch_ends = done % args.epoch_steps == 0
         stop = asked_to_stop()  # by a signal: see the end of this file
-        if stop or epoch_ends or (args.save_every and done % args.save_every == 0):
+        if stop or epoch_ends or (args.save_every and done % args.save_every < args.accumulate):
             if RANK == 0:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
@@ -555,10 +545,14 @@ def configure() -> tuple[Namespace, Data]:
         refuse(f"--batch-size {args.batch_size} must be {fits} of {args.data}")
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
-    args.epoch_steps = args.images // args.batch_size
+    updates = args.images // (args.accumulate * args.batch_size)  # in an epoch
+    if updates == 0:
+        drawn = f"{args.accumulate} x batch {args.batch_size}"
+        refuse(f"--accumulate {drawn} exceeds the {args.images} images")
+    args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
-    scale = args.batch_size / 256
+    scale = args.accumulate * args.batch_size / 256
     args.peak_lr = args.lr * (math.sqrt(scale) if args.optimizer == "adamw" else scale)
     fit_method(args, given)
 

@@ -652,6 +652,48 @@ def test_keys_are_in_the_order_of_their_images(device):
     torch.testing.assert_close(model.keys(x, 0), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_accumulated_gradients(script, device, tmp_path, monkeypatch):
+    """An update has the mean gradient of two batches; only after it a run stops and averages move.
+
+    A signal comes during the first batch.
+    """
+    extra = "--accumulate 2 --optimizer sgd --lr 0.4 --epochs 1 --batch-size 16"
+    run = built(script, f"{extra} --run-dir {tmp_path}")
+    assert run.args.steps == 4 and run.args.peak_lr == pytest.approx(0.4 * 32 / 256)
+    moved = []
+    for name in {"update_target", "update_key_encoder"} & vars(script.Method).keys():
+        update = getattr(script.Method, name)
+        spy = lambda self, step, f=update: moved.append(step) or f(self, step)  # noqa: E731
+        monkeypatch.setattr(script.Method, name, spy)
+    start = copy.deepcopy(run.model.state_dict())
+    monkeypatch.setattr(script, "STOP", [signal.SIGTERM])
+    with pytest.raises(SystemExit):
+        script.train(small_backbone().to(device), run.data, run.args, script.Log(run.args))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    script.STOP.clear()
+    script.train(small_backbone().to(device), run.data, run.args, script.Log(run.args))
+    assert moved in ([], [0, 2])
+    trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    for number in range(4):
+        (run.model(*views(script, run, number), number)[0] / 2).backward()
+        if number % 2 == 1:
+            for group in run.optimizer.param_groups:
+                group["lr"] = group["peak"] * script.schedule(number, 4, run.args.warmup_steps)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    torch.testing.assert_close(trained, run.model.state_dict(), check_device=False)
+    assert not torch.equal(start["backbone.0.weight"], trained["backbone.0.weight"].to(device))
+
+
+def test_a_batch_to_accumulate_that_exceeds_the_data_is_refused(machine, capsys):
+    with pytest.raises(SystemExit) as end:
+        configured(machine, "--accumulate 5 --batch-size 16")
+    assert (
+        end.value.code == 2
+        and "--accumulate 5 x batch 16 exceeds the 64" in capsys.readouterr().err
+    )
+
+
 VARIANTS = {  # the plain methods, and what else changes the step
     "simclr_fusion": ["", "--fusion-layers 0", "--no-fusion-shuffle"],
     "mocov2_fusion": ["", "--fusion-layers 0", "--no-fusion-shuffle"],
