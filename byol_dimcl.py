@@ -98,7 +98,7 @@ PRESETS = {
     "lr":                (0.003,      1.0,         1.0,         0.5,           0.3),
     "weight_decay":      (1e-5,       1e-5,        1e-5,        1e-6,          1e-6),
     "optimizer":         ("adamw",    "larc",      "larc",      "larc",        "lars"),
-    "warmup_epochs":     (10,         10,          10,          10,            10),
+    "warmup_epochs":     (0.4,        10,          10,          10,            10),
     "arch":              ("resnet10", "resnet18",  "resnet18",  "resnet18",    "resnet50"),
     "stem":              ("imagenet", "small",     None,        None,          None),
     "target_momentum":   (0.9,        0.99,        0.99,        0.99,          0.99),
@@ -155,12 +155,13 @@ MAY_BE_0 += ["dimcl_weight", "target_momentum"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` holds all settings. The command line comes first; after it are set, in this order,
-# - by `choose_preset`: flags that are not given and have a row in PRESETS, the rows without a flag,
-#   the name of the column as `preset`, and image_size;
-# - by `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
-#   warmup_steps (numbers of steps), and peak_lr (lr scaled by the batch);
-# - by `fit_method`: chance_loss, for the log alone, and what the method needs.
+# `args` holds all settings. `configure` makes it of the command line, and adds in this order
+# - for flags that are not given and rows without a flag, what `choose_preset` returns: a column of
+#   PRESETS, its name as `preset`, and image_size;
+# - ranks, images (their number), checksum (of their list), epoch_steps, steps and warmup_steps
+#   (numbers of steps), and peak_lr (lr scaled by the batch);
+# - in `fit_method`: chance_loss, for the log alone, and what the method needs;
+# - run_dir.
 # `given` holds the names of the flags that are given or have a default.
 
 
@@ -353,7 +354,11 @@ def main() -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, printed once a machine; 1: failure, by any rank."""
+    """Ends with one line on stderr.
+
+    Code 2 is wrong use, which all ranks find: one rank of each machine prints it. Code 1 is a
+    failure, which may meet a single rank: whoever finds it prints it.
+    """
     if LOCAL_RANK != 0 and code == 2:
         # As soon as one rank ends, torchrun ends the others: give the one that prints time for it.
         time.sleep(2)
@@ -444,14 +449,16 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
+        # As init_process_group does it by itself, with two timeouts and a prefix. Torchrun starts
+        # its store before its ranks: if the store does not answer for a minute, torchrun is dead.
+        # Later the ranks wait for two hours, as rank 0 may have to download. After a restart by
+        # --max-restarts the store may still hold addresses of dead ranks: hence the prefix.
         try:
-            # Torchrun starts its store before its ranks: without an answer it has been killed.
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        patience = timedelta(hours=2)  # rank 0 may have to download
+        patience = timedelta(hours=2)
         store.set_timeout(patience)
-        # After a restart by --max-restarts the store may still hold the addresses of dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
@@ -507,7 +514,8 @@ def torchvision_network(args: Namespace) -> nn.Module:
             net.maxpool = nn.Identity()
         kinds = (nn.Linear, nn.Conv2d)
         layers = [path for path, module in net.named_modules() if isinstance(module, kinds)]
-        net.set_submodule(layers[-1], nn.Identity())  # the head is the last of them in all models
+        # In all models of torchvision the last of these layers is the head.
+        net.set_submodule(layers[-1], nn.Identity())
         net.eval()
         net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
@@ -577,14 +585,14 @@ class Log:
             return
         run = Path(args.run_dir)
         run.mkdir(parents=True, exist_ok=True)
-        # Opened once only, as closing it anywhere would end the lock. latin-1: a character a byte.
-        self.file = (run / "metrics.jsonl").open("a+", encoding="latin-1")
+        # Open this file nowhere else: closing it, there as well, would end the lock.
+        self.file = (run / "metrics.jsonl").open("a+b")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except (BlockingIOError, PermissionError):
             refuse(f"another process is writing to {run}: wait for it or give another --run-dir")
         self.file.seek(0)
-        whole_lines = self.file.read().rfind("\n") + 1  # a kill may have torn the last line
+        whole_lines = self.file.read().rfind(b"\n") + 1  # a kill may have torn the last line
         self.file.truncate(whole_lines)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -595,7 +603,8 @@ class Log:
         if RANK > 0:
             return
         line = json.dumps({"event": event, "step": step, **values}, default=str)
-        print(line, file=self.file, flush=True)
+        self.file.write(f"{line}\n".encode())
+        self.file.flush()
         shown = []
         for key, value in values.items():
             shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value!r}")
@@ -633,7 +642,7 @@ def read(path: Path) -> dict:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Damage and misfit of a file have many names: each ends with one line."""
+    """Any error within, of whatever kind, ends the run with one line about `path`."""
     try:
         yield
     except Exception as error:
@@ -643,9 +652,9 @@ def readable(path: Path) -> Iterator[None]:
 
 def settings(args: Namespace) -> dict:
     """What the weights depend on; a run may continue with other values of the rest."""
-    free = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
-    free |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
-    return {key: value for key, value in vars(args).items() if key not in free}
+    others = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
+    others |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
+    return {key: value for key, value in vars(args).items() if key not in others}
 
 
 def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None:
@@ -715,8 +724,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    # The classifiers share no weights: to weight the loss of one by r scales its gradient alone,
-    # which is the same as SGD at the learning rate r.
+    # The classifiers share no weights, so the factor r of a classifier's loss scales its gradient
+    # alone: its steps, momentum included, are those of SGD at the learning rate r.
     optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
@@ -730,8 +739,10 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
             (rates * losses.view(-1, 10).mean(0)).sum().backward()
             optimizer.step()
     with torch.no_grad():
-        best = (heads(x[held_out]).argmax(2) == y[held_out, None]).float().mean(0).argmax()
-        hits = heads(x_val)[:, best].topk(min(5, classes)).indices == y_val[:, None]
+        right = heads(x[held_out]).argmax(2) == y[held_out, None]  # (n, 10)
+        best = right.float().mean(0).argmax()
+        top = heads(x_val)[:, best].topk(min(5, classes)).indices  # (N, 5)
+    hits = top == y_val[:, None]
     top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
@@ -751,7 +762,8 @@ def save_neighbours(path: Path, backbone: nn.Module, images: Images, args: Names
     queries = np.linspace(0, len(x) - 1, min(8, len(x))).astype(int)
     nearest = (x[queries] @ x.T).topk(min(9, len(x))).indices  # the very nearest is the query
     shown = images.take(nearest.flatten().cpu().numpy())
-    _, (pictures,) = next(Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE))
+    stream = Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE)
+    _, (pictures,) = next(stream)
     save_pictures(path, pictures.unflatten(0, nearest.shape).unbind(1))
 
 
@@ -803,8 +815,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may deliver the same signal twice
-        set_signals(signal.SIG_DFL)  # a second one ends the run at once
+    if "RANK" not in os.environ:  # torchrun may send a signal twice: there the second is nothing
+        set_signals(signal.SIG_DFL)  # a second signal ends the run at once
 
 
 def set_signals(handler: object) -> None:
@@ -827,7 +839,7 @@ if __name__ == "__main__":
     except (DataError, OSError, ImportError) as error:
         refuse(str(error), 1)
     except RuntimeError as error:
-        # GPU memory or main memory; the second where not even the size can be computed.
+        # Too little memory, of a GPU or the CPU; "Storage size": its bytes are too many to count.
         if "allocate" in str(error) or "Storage size" in str(error):
             refuse(f"{error}: lower --batch-size or --image-size", 1)
         if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently

@@ -13,17 +13,19 @@ the projector g: z = g(f(fuse(x))). The loss is NT-Xent(z1, z2).
 
 The fusion layer reads the batch as a single sample whose channels are the B images. It cuts
 X (B, C, H, W) into N = HW / p^2 patches of D = p^2 C numbers each, and lays them out as
-T (1, B, D, N): D runs over colours and places within a patch, N over the patches row by row. For 32
+T (1, B, D, N): D runs over the colours and pixels of a patch, N over the patches row by row. For 32
 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64). It computes `fusion_layers` times
 
     T <- T + Conv(T),   Conv: B -> B channels, k x k over the plane (D, N), no bias, zero at first
 
-so that the images of a batch take part in each other. It learns from the same loss as the rest,
-and is dropped after training.
+so that the images of a batch take part in each other: a kernel of 3 x 3 sees neighbouring pixels of
+a patch, and the same pixels of the patches to the left and to the right. The layer learns from the
+same loss as the rest, and is dropped after training.
 
-Conv has weights of its own for each place in the batch, and both views of an image stand in the
-same place. So the layer could mark each place with a pattern, and the loss would fall without a
-look at the images. Therefore view 2 is fused in a fresh random order, which is undone afterwards.
+Conv has weights of its own for each index in the batch. If both views of an image have the same
+index, the layer can mark each index with a pattern, and the loss falls without a look at the
+images. Therefore view 2 is fused in a fresh random order, at other indices than view 1, and
+afterwards put back.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): batch data are reduced and reconstructed, communicate within the batch
@@ -95,7 +97,7 @@ PRESETS = {
     "lr":                (0.002,      0.4,         0.4,         0.3,           0.3),
     "weight_decay":      (1e-4,       1e-4,        1e-5,        1e-4,          1e-6),
     "optimizer":         ("adamw",    "larc",      "larc",      "larc",        "lars"),
-    "warmup_epochs":     (10,         10,          10,          10,            10),
+    "warmup_epochs":     (0.5,        10,          10,          10,            10),
     "arch":              ("resnet10", "resnet18",  "resnet18",  "resnet18",    "resnet50"),
     "stem":              ("imagenet", "small",     None,        None,          None),
     "temperature":       (0.2,        0.2,         0.2,         0.2,           0.1),
@@ -124,7 +126,7 @@ flag("--temperature", type=float, help="of NT-Xent")
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain SimCLR")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
-flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000, adamw: / 100")
+flag("--fusion-lr", type=float, help="not scaled; default: lr / 1000, for adamw lr / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer cheats")
 # The flags below are the same in every script.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
@@ -156,12 +158,13 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` holds all settings. The command line comes first; after it are set, in this order,
-# - by `choose_preset`: flags that are not given and have a row in PRESETS, the rows without a flag,
-#   the name of the column as `preset`, and image_size;
-# - by `configure`: ranks, images (their number), checksum (of their list), epoch_steps, steps,
-#   warmup_steps (numbers of steps), and peak_lr (lr scaled by the batch);
-# - by `fit_method`: chance_loss, for the log alone, and what the method needs.
+# `args` holds all settings. `configure` makes it of the command line, and adds in this order
+# - for flags that are not given and rows without a flag, what `choose_preset` returns: a column of
+#   PRESETS, its name as `preset`, and image_size;
+# - ranks, images (their number), checksum (of their list), epoch_steps, steps and warmup_steps
+#   (numbers of steps), and peak_lr (lr scaled by the batch);
+# - in `fit_method`: chance_loss, for the log alone, and what the method needs;
+# - run_dir.
 # `given` holds the names of the flags that are given or have a default.
 
 
@@ -200,7 +203,7 @@ def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
 class FusionLayer(nn.Module):
     """Lets the images of a batch take part in each other: (B, C, H, W) -> (B, C, H, W), B fixed.
 
-    Starts as the identity. Costs k^2 B x 3HW multiply-adds for an image and layer.
+    Starts as the identity. Costs k^2 B x 3HW multiply-adds per image and layer.
     """
 
     def __init__(self, batch: int, layers: int = 1, patch: int = 4, kernel: int = 3):
@@ -265,7 +268,7 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Three groups: weights; biases and norms; the fusion layer. Only weights have decay and LARS.
 
-    `train` sets a group's rate to its peak times the schedule, `build_optimizer` reads the rest.
+    `train` sets a group's rate to its peak times the schedule, `build_optimizer` uses the others.
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
@@ -297,8 +300,9 @@ def fit_method(args: Namespace, given: set[str]) -> None:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
-    # The layer has weights for each place in the batch of a rank. Compared on resuming: with fusion
-    # a run has to continue on as many ranks as it began, without fusion it may on any number.
+    # The layer has weights for each index in the batch of a rank. So a run with fusion has to be
+    # continued on as many ranks as it began, which `resume` checks by this setting; without fusion
+    # any number will do.
     args.fusion_batch = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     args.chance_loss = math.log(2 * args.batch_size - 1)  # of embeddings that know nothing
 
@@ -328,7 +332,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # columns: both views, both fused (at first the same)
+            with torch.no_grad():  # four columns: both views, both fused, at first the same
                 save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
@@ -402,7 +406,11 @@ def main() -> None:
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line. Code 2: wrong use, printed once a machine; 1: failure, by any rank."""
+    """Ends with one line on stderr.
+
+    Code 2 is wrong use, which all ranks find: one rank of each machine prints it. Code 1 is a
+    failure, which may meet a single rank: whoever finds it prints it.
+    """
     if LOCAL_RANK != 0 and code == 2:
         # As soon as one rank ends, torchrun ends the others: give the one that prints time for it.
         time.sleep(2)
@@ -493,14 +501,16 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
+        # As init_process_group does it by itself, with two timeouts and a prefix. Torchrun starts
+        # its store before its ranks: if the store does not answer for a minute, torchrun is dead.
+        # Later the ranks wait for two hours, as rank 0 may have to download. After a restart by
+        # --max-restarts the store may still hold addresses of dead ranks: hence the prefix.
         try:
-            # Torchrun starts its store before its ranks: without an answer it has been killed.
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        patience = timedelta(hours=2)  # rank 0 may have to download
+        patience = timedelta(hours=2)
         store.set_timeout(patience)
-        # After a restart by --max-restarts the store may still hold the addresses of dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
@@ -556,7 +566,8 @@ def torchvision_network(args: Namespace) -> nn.Module:
             net.maxpool = nn.Identity()
         kinds = (nn.Linear, nn.Conv2d)
         layers = [path for path, module in net.named_modules() if isinstance(module, kinds)]
-        net.set_submodule(layers[-1], nn.Identity())  # the head is the last of them in all models
+        # In all models of torchvision the last of these layers is the head.
+        net.set_submodule(layers[-1], nn.Identity())
         net.eval()
         net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
@@ -626,14 +637,14 @@ class Log:
             return
         run = Path(args.run_dir)
         run.mkdir(parents=True, exist_ok=True)
-        # Opened once only, as closing it anywhere would end the lock. latin-1: a character a byte.
-        self.file = (run / "metrics.jsonl").open("a+", encoding="latin-1")
+        # Open this file nowhere else: closing it, there as well, would end the lock.
+        self.file = (run / "metrics.jsonl").open("a+b")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except (BlockingIOError, PermissionError):
             refuse(f"another process is writing to {run}: wait for it or give another --run-dir")
         self.file.seek(0)
-        whole_lines = self.file.read().rfind("\n") + 1  # a kill may have torn the last line
+        whole_lines = self.file.read().rfind(b"\n") + 1  # a kill may have torn the last line
         self.file.truncate(whole_lines)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -644,7 +655,8 @@ class Log:
         if RANK > 0:
             return
         line = json.dumps({"event": event, "step": step, **values}, default=str)
-        print(line, file=self.file, flush=True)
+        self.file.write(f"{line}\n".encode())
+        self.file.flush()
         shown = []
         for key, value in values.items():
             shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value!r}")
@@ -682,7 +694,7 @@ def read(path: Path) -> dict:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Damage and misfit of a file have many names: each ends with one line."""
+    """Any error within, of whatever kind, ends the run with one line about `path`."""
     try:
         yield
     except Exception as error:
@@ -692,9 +704,9 @@ def readable(path: Path) -> Iterator[None]:
 
 def settings(args: Namespace) -> dict:
     """What the weights depend on; a run may continue with other values of the rest."""
-    free = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
-    free |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
-    return {key: value for key, value in vars(args).items() if key not in free}
+    others = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
+    others |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
+    return {key: value for key, value in vars(args).items() if key not in others}
 
 
 def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None:
@@ -764,8 +776,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    # The classifiers share no weights: to weight the loss of one by r scales its gradient alone,
-    # which is the same as SGD at the learning rate r.
+    # The classifiers share no weights, so the factor r of a classifier's loss scales its gradient
+    # alone: its steps, momentum included, are those of SGD at the learning rate r.
     optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
@@ -779,8 +791,10 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
             (rates * losses.view(-1, 10).mean(0)).sum().backward()
             optimizer.step()
     with torch.no_grad():
-        best = (heads(x[held_out]).argmax(2) == y[held_out, None]).float().mean(0).argmax()
-        hits = heads(x_val)[:, best].topk(min(5, classes)).indices == y_val[:, None]
+        right = heads(x[held_out]).argmax(2) == y[held_out, None]  # (n, 10)
+        best = right.float().mean(0).argmax()
+        top = heads(x_val)[:, best].topk(min(5, classes)).indices  # (N, 5)
+    hits = top == y_val[:, None]
     top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
@@ -800,7 +814,8 @@ def save_neighbours(path: Path, backbone: nn.Module, images: Images, args: Names
     queries = np.linspace(0, len(x) - 1, min(8, len(x))).astype(int)
     nearest = (x[queries] @ x.T).topk(min(9, len(x))).indices  # the very nearest is the query
     shown = images.take(nearest.flatten().cpu().numpy())
-    _, (pictures,) = next(Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE))
+    stream = Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE)
+    _, (pictures,) = next(stream)
     save_pictures(path, pictures.unflatten(0, nearest.shape).unbind(1))
 
 
@@ -852,8 +867,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may deliver the same signal twice
-        set_signals(signal.SIG_DFL)  # a second one ends the run at once
+    if "RANK" not in os.environ:  # torchrun may send a signal twice: there the second is nothing
+        set_signals(signal.SIG_DFL)  # a second signal ends the run at once
 
 
 def set_signals(handler: object) -> None:
@@ -876,7 +891,7 @@ if __name__ == "__main__":
     except (DataError, OSError, ImportError) as error:
         refuse(str(error), 1)
     except RuntimeError as error:
-        # GPU memory or main memory; the second where not even the size can be computed.
+        # Too little memory, of a GPU or the CPU; "Storage size": its bytes are too many to count.
         if "allocate" in str(error) or "Storage size" in str(error):
             refuse(f"{error}: lower --batch-size or --image-size", 1)
         if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently
