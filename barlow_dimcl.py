@@ -54,8 +54,8 @@ from torchvision.utils import save_image
 
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
-#   step which images this rank gets and their views, each (batch / WORLD, 3, size, size). Without a
-#   seed: centre crops of the images in their order, for evaluation.
+#   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
+#   each. Without a seed: centre crops of the images in their order, for evaluation.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - The losses take this rank's rows, gather those of the other ranks with their gradient where they
@@ -258,7 +258,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step == 0:  # a row for each image
-            save_pictures(run / "views.png", views)
+            save_views(run / "views.png", views)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Networks with dropout draw from this. A function of the step, as all that is random.
@@ -273,7 +273,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             scaler.update()
             optimizer.zero_grad()
 
-        # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
+        # 1 where embeddings are spread evenly over the unit sphere of d dimensions, as a coordinate
+        # has a deviation of 1 / sqrt(d) there; 0 where all are the same.
         std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
         values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
@@ -304,7 +305,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
 def main() -> None:
     torch.set_flush_denormal(True)  # CPUs take twenty times as long for denormal numbers
-    set_signals(signal.SIG_DFL)  # only training has something to save
+    set_signals(signal.SIG_DFL)  # without a traceback: only training has something to save
     join_ranks()
     args, data = configure()
     backbone = build_backbone(args)
@@ -337,7 +338,7 @@ def refuse(message: str, code: int = 2) -> NoReturn:
     failure, which may meet a single rank: whoever finds it prints it.
     """
     if LOCAL_RANK != 0 and code == 2:
-        # As soon as one rank ends, torchrun ends the others: give the one that prints time for it.
+        # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
         time.sleep(2)
     else:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
@@ -447,7 +448,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Running averages of batch norm that isn't synchronised differ after the last forward."""
+    """Without synchronisation the running averages of batch norm differ between the ranks."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -504,7 +505,7 @@ class LARS(torch.optim.SGD):
     """SGD with momentum .9 on r * (g + wd * w) instead of g, with one r for each tensor w:
 
     lars: r = .001 |w| / |g + wd w|                      the code of BYOL and Barlow Twins
-    larc: r = min(.02 |w| / (|g| + wd |w|), lr) / lr     solo-learn
+    larc: r = min(.02 |w| / (|g| + wd |w|) / lr, 1)      solo-learn
 
     r = 1 where w or g is 0 and in groups that do not adapt. There are more formulas under
     these names, and a learning rate belongs to its formula.
@@ -527,13 +528,13 @@ class LARS(torch.optim.SGD):
                         r = 0.001 * w.norm() / update.norm()
                     else:
                         r = 0.02 * w.norm() / (g_norm + group["decay"] * w.norm())
-                        r = r.clamp(max=group["lr"]) / group["lr"]
+                        r = (r / group["lr"]).clamp(max=1)
                     update.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
         super().step()
 
 
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
-    """Groups have `params`, a `peak` learning rate, weight `decay`, and whether LARS may `adapt`.
+    """Groups have `params`, a `peak` learning rate, weight `decay`, and whether LARS rescales them.
 
     LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty.
     """
@@ -592,7 +593,7 @@ class Log:
 
 def save(content: object, path: Path) -> None:
     """Writes beside `path`, then renames: at any moment `path` is whole, old or new."""
-    whole = io.BytesIO()
+    whole = io.BytesIO()  # not into the file: of a full disk torch.save tells in words of its own
     torch.save(content, whole)
     temporary = path.with_suffix(".tmp")
     try:
@@ -709,7 +710,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     for epoch in range(args.probe_epochs):
         optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
         order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
-        for rows in kept[order.to(DEVICE)].split(min(512, len(kept) // 4 + 1)):
+        batch = min(512, len(kept) // 4 + 1)  # three steps an epoch at least
+        for rows in kept[order.to(DEVICE)].split(batch):
             logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
             losses = F.cross_entropy(logits, y[rows].repeat_interleave(10), reduction="none")
             optimizer.zero_grad()
@@ -724,7 +726,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
 
-def save_pictures(path: Path, columns: list[Tensor]) -> None:
+def save_views(path: Path, columns: list[Tensor]) -> None:
     """Eight rows, with a picture from each column (N, 3, H, W) of normalised views."""
     if RANK == 0:
         pictures = torch.stack([column[:8] for column in columns], 1).flatten(0, 1)
@@ -737,11 +739,12 @@ def save_neighbours(path: Path, backbone: nn.Module, images: Images, args: Names
     images = images.take(some)
     x = F.normalize(features(backbone, images, args))
     queries = np.linspace(0, len(x) - 1, min(8, len(x))).astype(int)
-    nearest = (x[queries] @ x.T).topk(min(9, len(x))).indices  # the very nearest is the query
+    nearest = (x[queries] @ x.T).topk(min(9, len(x))).indices  # the nearest of all is itself
     shown = images.take(nearest.flatten().cpu().numpy())
     stream = Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE)
     _, (pictures,) = next(stream)
-    save_pictures(path, pictures.unflatten(0, nearest.shape).unbind(1))
+    if RANK == 0:
+        save_image(Augment().restore(pictures), path, nrow=nearest.shape[1])
 
 
 def evaluate(backbone: nn.Module, data: Data, args: Namespace, log: Log, step: int) -> None:

@@ -11,27 +11,29 @@ The same command again continues where the last run stopped; --fusion-layers 0 i
 Method. Two random views of each of the B images of a rank pass the fusion layer, the backbone f and
 the projector g: z = g(f(fuse(x))). The loss is NT-Xent(z1, z2).
 
-The fusion layer reads the batch as a single sample whose channels are the B images. It cuts
-X (B, C, H, W) into N = HW / p^2 patches of D = p^2 C numbers each, and lays them out as
-T (1, B, D, N): D runs over the colours and pixels of a patch, N over the patches row by row. For 32
-images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64). It computes `fusion_layers` times
+The fusion layer reads the batch as a single sample whose channels are the B images of a rank. It
+cuts each image into N = HW / p^2 patches of D = p^2 C numbers, and lays them out as a table: a row
+for each colour and pixel of a patch, a column for each patch, row by row of the image. The tables
+of all images are T (1, B, D, N). For 32 images of 3 x 32 x 32 numbers and p = 4, T is
+(1, 32, 48, 64). Then it computes `fusion_layers` times
 
     T <- T + Conv(T),   Conv: B -> B channels, k x k over the plane (D, N), no bias, zero at first
 
 so that the images of a batch take part in each other: a kernel of 3 x 3 sees neighbouring pixels of
-a patch, and the same pixels of the patches to the left and to the right. The layer learns from the
-same loss as the rest, and is dropped after training.
+a patch, and the same pixels of the patches to the left and right. The layer learns from the same
+loss as the rest, and is dropped after training.
 
 Conv has weights of its own for each index in the batch. If both views of an image have the same
-index, the layer can mark each index with a pattern, and the loss falls without a look at the
-images. Therefore view 2 is fused in a fresh random order, at other indices than view 1, and
-afterwards put back.
+index, the layer can treat both in a way that is the index's own, as by a filter, and the loss falls
+without a look at the images. Therefore view 2 is fused in a fresh random order, at other indices
+than view 1, and put back afterwards.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
-2311.09974, abstract): batch data are reduced and reconstructed, communicate within the batch
-through an embedding layer, adaptively as training goes, as a plug-in. Patch partition, convolution
-and patch restoration are from public summaries. Our reading: kernel, residual form, start at the
-identity, a learning rate of its own, the random order (--no-fusion-shuffle goes without).
+2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
+within the batch through an embedding layer, which adapts as training goes and is a plug-in. Patch
+partition, convolution and patch restoration are from public summaries. Our reading: kernel,
+residual form, start at the identity, a learning rate of its own, and the random order, which
+--no-fusion-shuffle leaves out.
 
 Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-22; conditions in the README):
 linear probe 51.7 % (sd .7) with fusion, 52.0 % (sd .6) without, 38 % untrained: no gain, no harm.
@@ -66,8 +68,8 @@ from torchvision.utils import save_image
 
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
-#   step which images this rank gets and their views, each (batch / WORLD, 3, size, size). Without a
-#   seed: centre crops of the images in their order, for evaluation.
+#   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
+#   each. Without a seed: centre crops of the images in their order, for evaluation.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
@@ -217,7 +219,7 @@ class FusionLayer(nn.Module):
             self.convs.append(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel == 1:  # mixes images, but no places: the same without patches, and faster
+        if self.kernel == 1:  # no pixel meets another one: patches would cost time for nothing
             for conv in self.convs:
                 x = x + torch.einsum("ij,jchw->ichw", conv.weight[:, :, 0, 0], x)
             return x
@@ -266,7 +268,7 @@ class Method(nn.Module):
 
 
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
-    """Three groups: weights; biases and norms; the fusion layer. Only weights have decay and LARS.
+    """Three groups: weights, which decay and `adapt` by LARS; biases and norms; the fusion layer.
 
     `train` sets a group's rate to its peak times the schedule, `build_optimizer` uses the others.
 
@@ -333,7 +335,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
             with torch.no_grad():  # four columns: both views, both fused, at first the same
-                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])
+                save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Networks with dropout draw from this. A function of the step, as all that is random.
@@ -348,7 +350,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             scaler.update()
             optimizer.zero_grad()
 
-        # 1 if the embeddings spread evenly over the sphere, 0 if all are the same.
+        # 1 where embeddings are spread evenly over the unit sphere of d dimensions, as a coordinate
+        # has a deviation of 1 / sqrt(d) there; 0 where all are the same.
         std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
         values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
@@ -379,7 +382,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
 def main() -> None:
     torch.set_flush_denormal(True)  # CPUs take twenty times as long for denormal numbers
-    set_signals(signal.SIG_DFL)  # only training has something to save
+    set_signals(signal.SIG_DFL)  # without a traceback: only training has something to save
     join_ranks()
     args, data = configure()
     backbone = build_backbone(args)
@@ -412,7 +415,7 @@ def refuse(message: str, code: int = 2) -> NoReturn:
     failure, which may meet a single rank: whoever finds it prints it.
     """
     if LOCAL_RANK != 0 and code == 2:
-        # As soon as one rank ends, torchrun ends the others: give the one that prints time for it.
+        # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
         time.sleep(2)
     else:
         line = " ".join(f"{Path(__file__).name}: {message}".split())
@@ -522,7 +525,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Running averages of batch norm that isn't synchronised differ after the last forward."""
+    """Without synchronisation the running averages of batch norm differ between the ranks."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -579,7 +582,7 @@ class LARS(torch.optim.SGD):
     """SGD with momentum .9 on r * (g + wd * w) instead of g, with one r for each tensor w:
 
     lars: r = .001 |w| / |g + wd w|                      the code of BYOL and Barlow Twins
-    larc: r = min(.02 |w| / (|g| + wd |w|), lr) / lr     solo-learn
+    larc: r = min(.02 |w| / (|g| + wd |w|) / lr, 1)      solo-learn
 
     r = 1 where w or g is 0 and in groups that do not adapt. There are more formulas under
     these names, and a learning rate belongs to its formula.
@@ -602,13 +605,13 @@ class LARS(torch.optim.SGD):
                         r = 0.001 * w.norm() / update.norm()
                     else:
                         r = 0.02 * w.norm() / (g_norm + group["decay"] * w.norm())
-                        r = r.clamp(max=group["lr"]) / group["lr"]
+                        r = (r / group["lr"]).clamp(max=1)
                     update.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
         super().step()
 
 
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
-    """Groups have `params`, a `peak` learning rate, weight `decay`, and whether LARS may `adapt`.
+    """Groups have `params`, a `peak` learning rate, weight `decay`, and whether LARS rescales them.
 
     LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty.
     """
@@ -667,7 +670,7 @@ class Log:
 
 def save(content: object, path: Path) -> None:
     """Writes beside `path`, then renames: at any moment `path` is whole, old or new."""
-    whole = io.BytesIO()
+    whole = io.BytesIO()  # not into the file: of a full disk torch.save tells in words of its own
     torch.save(content, whole)
     temporary = path.with_suffix(".tmp")
     try:
@@ -784,7 +787,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     for epoch in range(args.probe_epochs):
         optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
         order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
-        for rows in kept[order.to(DEVICE)].split(min(512, len(kept) // 4 + 1)):
+        batch = min(512, len(kept) // 4 + 1)  # three steps an epoch at least
+        for rows in kept[order.to(DEVICE)].split(batch):
             logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
             losses = F.cross_entropy(logits, y[rows].repeat_interleave(10), reduction="none")
             optimizer.zero_grad()
@@ -799,7 +803,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
 
-def save_pictures(path: Path, columns: list[Tensor]) -> None:
+def save_views(path: Path, columns: list[Tensor]) -> None:
     """Eight rows, with a picture from each column (N, 3, H, W) of normalised views."""
     if RANK == 0:
         pictures = torch.stack([column[:8] for column in columns], 1).flatten(0, 1)
@@ -812,11 +816,12 @@ def save_neighbours(path: Path, backbone: nn.Module, images: Images, args: Names
     images = images.take(some)
     x = F.normalize(features(backbone, images, args))
     queries = np.linspace(0, len(x) - 1, min(8, len(x))).astype(int)
-    nearest = (x[queries] @ x.T).topk(min(9, len(x))).indices  # the very nearest is the query
+    nearest = (x[queries] @ x.T).topk(min(9, len(x))).indices  # the nearest of all is itself
     shown = images.take(nearest.flatten().cpu().numpy())
     stream = Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE)
     _, (pictures,) = next(stream)
-    save_pictures(path, pictures.unflatten(0, nearest.shape).unbind(1))
+    if RANK == 0:
+        save_image(Augment().restore(pictures), path, nrow=nearest.shape[1])
 
 
 def evaluate(backbone: nn.Module, data: Data, args: Namespace, log: Log, step: int) -> None:

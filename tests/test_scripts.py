@@ -77,9 +77,9 @@ SYNC = [
 PICTURES = [
     "-        if step in (0, args.steps - 1):",
     "-            with torch.no_grad():  # four columns: both views, both fused, at first the same",
-    '-                save_pictures(run / "views.png", [*views, *model.fuse(*views, step)])',
+    '-                save_views(run / "views.png", [*views, *model.fuse(*views, step)])',
     "+        if step == 0:  # a row for each image",
-    '+            save_pictures(run / "views.png", views)',
+    '+            save_views(run / "views.png", views)',
 ]
 TRAINING = {  # train() and main(): all that differs from simclr_fusion
     "simclr_fusion": [],
