@@ -58,6 +58,7 @@ from torchvision.utils import save_image
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
 #   each. Without a seed: centre crops of the images in their order, for evaluation.
+# - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - The losses take this rank's rows, gather those of the other ranks with their gradient where they
@@ -84,8 +85,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set.
-# - Other images get the column `cifar` where their longest side is at most 48 px, `stl10` up to
-#   128 px, else `imagenet100`.
+# - Images without a column of their own get `cifar` where their longest side is at most 48 px,
+#   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
 # - What is not given is fitted: the batch to at least eight steps an epoch, the warm-up to at most
 #   a tenth of the epochs.
@@ -133,7 +134,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; scaled by images / 256, adamw: its root")
+flag("--lr", type=float, help="at 256 images an update; times images / 256, for adamw its root")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -155,14 +156,14 @@ MAY_BE_0 += ["dimcl_weight", "target_momentum"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` holds all settings. `configure` makes it of the command line, and adds in this order
+# `args` holds all settings. `configure` builds it from the command line, then adds in this order
 # - for flags that are not given and rows without a flag, what `choose_preset` returns: a column of
 #   PRESETS, its name as `preset`, and image_size;
 # - ranks, images (their number), checksum (of their list), epoch_steps, steps and warmup_steps
 #   (numbers of steps), and peak_lr (lr scaled by the batch);
 # - in `fit_method`: chance_loss, for the log alone, and what the method needs;
 # - run_dir.
-# `given` holds the names of the flags that are given or have a default.
+# `settled` holds the names of the flags that need no preset: they are given or have a default.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -247,7 +248,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     ]
 
 
-def fit_method(args: Namespace, given: set[str]) -> None:
+def fit_method(args: Namespace, settled: set[str]) -> None:
     """Refuses what this method cannot do."""
     for key in ("dimcl_weight", "target_momentum"):
         if getattr(args, key) > 1:
@@ -295,9 +296,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-
-        # 1 where embeddings are spread evenly over the unit sphere of d dimensions, as a coordinate
-        # has a deviation of 1 / sqrt(d) there; 0 where all are the same.
+        # 1 if the embeddings spread evenly over the unit sphere, 0 if all are the same.
         std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
         values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
@@ -307,9 +306,10 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             history, began, waited = [], time.perf_counter(), 0.0
         if done % args.accumulate > 0:
             continue  # gradients are not saved: save and stop only after an update
-        epoch_ends = done % args.epoch_steps == 0
+        # After the update at which a multiple of --save-every is reached.
+        save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
-        if stop or epoch_ends or (args.save_every and done % args.save_every < args.accumulate):
+        if stop or save_due or done % args.epoch_steps == 0:
             if RANK == 0:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
@@ -328,7 +328,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
 def main() -> None:
     torch.set_flush_denormal(True)  # CPUs take twenty times as long for denormal numbers
-    set_signals(signal.SIG_DFL)  # without a traceback: only training has something to save
+    set_signals(signal.SIG_DFL)  # Ctrl-C ends at once and without a traceback
     join_ranks()
     args, data = configure()
     backbone = build_backbone(args)
@@ -410,9 +410,9 @@ def configure() -> tuple[Namespace, Data]:
         data = load_data(args.data, args.root)  # if rank 0 has to download, the others wait
     except DataError as error:
         refuse(str(error))
-    given = {key for key, value in vars(args).items() if value is not None}
+    settled = {key for key, value in vars(args).items() if value is not None}
     for key, value in choose_preset(args, data.pretrain).items():
-        if key not in given:
+        if key not in settled:
             setattr(args, key, value)
 
     args.ranks, args.images = WORLD, len(data.pretrain)
@@ -431,7 +431,7 @@ def configure() -> tuple[Namespace, Data]:
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
     scale = args.accumulate * args.batch_size / 256
     args.peak_lr = args.lr * (math.sqrt(scale) if args.optimizer == "adamw" else scale)
-    fit_method(args, given)
+    fit_method(args, settled)
 
     folder = Path(args.data).resolve()
     if args.run_dir is None:
@@ -450,16 +450,15 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        # As init_process_group does it by itself, with two timeouts and a prefix. Torchrun starts
-        # its store before its ranks: if the store does not answer for a minute, torchrun is dead.
-        # Later the ranks wait for two hours, as rank 0 may have to download. After a restart by
-        # --max-restarts the store may still hold addresses of dead ranks: hence the prefix.
+        # As init_process_group does it by itself, but for three things.
         try:
+            # Torchrun starts its store before its ranks: without an answer in a minute it is dead.
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        patience = timedelta(hours=2)
+        patience = timedelta(hours=2)  # from here on, as rank 0 may have to download
         store.set_timeout(patience)
+        # After a restart by --max-restarts the store may still hold the addresses of dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
@@ -586,7 +585,7 @@ class Log:
             return
         run = Path(args.run_dir)
         run.mkdir(parents=True, exist_ok=True)
-        # Open this file nowhere else: closing it, there as well, would end the lock.
+        # Open this file nowhere else: the lock ends when this process closes any handle of it.
         self.file = (run / "metrics.jsonl").open("a+b")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
@@ -616,7 +615,7 @@ class Log:
 
 def save(content: object, path: Path) -> None:
     """Writes beside `path`, then renames: at any moment `path` is whole, old or new."""
-    whole = io.BytesIO()  # not into the file: of a full disk torch.save tells in words of its own
+    whole = io.BytesIO()  # first, as torch.save hides the OSError of a full disk
     torch.save(content, whole)
     temporary = path.with_suffix(".tmp")
     try:
@@ -653,9 +652,9 @@ def readable(path: Path) -> Iterator[None]:
 
 def settings(args: Namespace) -> dict:
     """What the weights depend on; a run may continue with other values of the rest."""
-    others = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
-    others |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
-    return {key: value for key, value in vars(args).items() if key not in others}
+    ignored = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
+    ignored |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
+    return {key: value for key, value in vars(args).items() if key not in ignored}
 
 
 def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None:
@@ -725,8 +724,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    # The classifiers share no weights, so the factor r of a classifier's loss scales its gradient
-    # alone: its steps, momentum included, are those of SGD at the learning rate r.
+    # To multiply a classifier's loss by r is to give it the learning rate r: they share no weights,
+    # and the steps of SGD, momentum included, are linear in the gradient.
     optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])

@@ -13,9 +13,9 @@ the projector g: z = g(f(fuse(x))). The loss is NT-Xent(z1, z2).
 
 The fusion layer reads the batch as a single sample whose channels are the B images of a rank. It
 cuts each image into N = HW / p^2 patches of D = p^2 C numbers, and lays them out as a table: a row
-for each colour and pixel of a patch, a column for each patch, row by row of the image. The tables
-of all images are T (1, B, D, N). For 32 images of 3 x 32 x 32 numbers and p = 4, T is
-(1, 32, 48, 64). Then it computes `fusion_layers` times
+for each colour and pixel of a patch, a column for each patch, in raster order. The tables of all
+images are T (1, B, D, N). For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
+Then it computes `fusion_layers` times
 
     T <- T + Conv(T),   Conv: B -> B channels, k x k over the plane (D, N), no bias, zero at first
 
@@ -23,10 +23,9 @@ so that the images of a batch take part in each other: a kernel of 3 x 3 sees ne
 a patch, and the same pixels of the patches to the left and right. The layer learns from the same
 loss as the rest, and is dropped after training.
 
-Conv has weights of its own for each index in the batch. If both views of an image have the same
-index, the layer can treat both in a way that is the index's own, as by a filter, and the loss falls
-without a look at the images. Therefore view 2 is fused in a fresh random order, at other indices
-than view 1, and put back afterwards.
+Conv has weights of its own for each index in the batch. If both views of an image had the same
+index, the layer could mark both with a signature of that index, and the loss would fall without the
+images being compared. Therefore view 2 is fused in a fresh random order and put back afterwards.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -70,6 +69,7 @@ from torchvision.utils import save_image
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
 #   each. Without a seed: centre crops of the images in their order, for evaluation.
+# - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
@@ -85,8 +85,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set.
-# - Other images get the column `cifar` where their longest side is at most 48 px, `stl10` up to
-#   128 px, else `imagenet100`.
+# - Images without a column of their own get `cifar` where their longest side is at most 48 px,
+#   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
 # - What is not given is fitted: the batch to at least eight steps an epoch, the warm-up to at most
 #   a tenth of the epochs, fusion_patch to a divisor of the image size.
@@ -128,7 +128,7 @@ flag("--temperature", type=float, help="of NT-Xent")
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain SimCLR")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
-flag("--fusion-lr", type=float, help="not scaled; default: lr / 1000, for adamw lr / 100")
+flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000 (adamw: 100)")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer cheats")
 # The flags below are the same in every script.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
@@ -138,7 +138,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; scaled by images / 256, adamw: its root")
+flag("--lr", type=float, help="at 256 images an update; times images / 256, for adamw its root")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -160,19 +160,19 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` holds all settings. `configure` makes it of the command line, and adds in this order
+# `args` holds all settings. `configure` builds it from the command line, then adds in this order
 # - for flags that are not given and rows without a flag, what `choose_preset` returns: a column of
 #   PRESETS, its name as `preset`, and image_size;
 # - ranks, images (their number), checksum (of their list), epoch_steps, steps and warmup_steps
 #   (numbers of steps), and peak_lr (lr scaled by the batch);
 # - in `fit_method`: chance_loss, for the log alone, and what the method needs;
 # - run_dir.
-# `given` holds the names of the flags that are given or have a default.
+# `settled` holds the names of the flags that need no preset: they are given or have a default.
 
 
 def recipes(args: Namespace) -> list[Augment]:
     """The augmentation of view 1 and that of view 2."""
-    # Kept as SIMCLR has them: the probabilities of flip .5, jitter .8, gray .2; no solarization.
+    # The rest is SIMCLR's: flip with probability .5, jitter .8, gray .2; no solarization.
     strength = 0.8 * args.jitter_strength
     view = replace(
         SIMCLR,
@@ -249,7 +249,7 @@ class Method(nn.Module):
             return self.fusion(x1), self.fusion(x2)
         random = generator(self.args.seed, "fusion", step, RANK)
         order = torch.randperm(len(x2), generator=random).to(x2.device, non_blocking=True)
-        return self.fusion(x1), self.fusion(x2[order])[order.argsort()]
+        return self.fusion(x1), self.fusion(x2[order])[order.argsort()]  # and back
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
@@ -270,7 +270,7 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Three groups: weights, which decay and `adapt` by LARS; biases and norms; the fusion layer.
 
-    `train` sets a group's rate to its peak times the schedule, `build_optimizer` uses the others.
+    `train` sets a group's rate to its peak times the schedule, `build_optimizer` uses decay, adapt.
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
@@ -291,12 +291,12 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     ]
 
 
-def fit_method(args: Namespace, given: set[str]) -> None:
+def fit_method(args: Namespace, settled: set[str]) -> None:
     """Fits to the data what is not given on the command line; refuses what cannot be."""
-    if "fusion_lr" not in given:
+    if "fusion_lr" not in settled:
         # AdamW moves a weight by about the rate, whatever the gradient: hence another default.
         args.fusion_lr = args.lr / (100 if args.optimizer == "adamw" else 1000)
-    if "fusion_patch" not in given:
+    if "fusion_patch" not in settled:
         args.fusion_patch = math.gcd(args.fusion_patch, args.image_size)
     if args.image_size % args.fusion_patch:
         refuse(f"--fusion-patch {args.fusion_patch} does not divide --image-size {args.image_size}")
@@ -334,7 +334,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # four columns: both views, both fused, at first the same
+            with torch.no_grad():  # columns: both views, both fused, which equal them in step 0
                 save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
@@ -349,9 +349,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-
-        # 1 where embeddings are spread evenly over the unit sphere of d dimensions, as a coordinate
-        # has a deviation of 1 / sqrt(d) there; 0 where all are the same.
+        # 1 if the embeddings spread evenly over the unit sphere, 0 if all are the same.
         std = F.normalize(z.float()).std(0).mean() * z.shape[1] ** 0.5
         values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
@@ -361,9 +359,10 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             history, began, waited = [], time.perf_counter(), 0.0
         if done % args.accumulate > 0:
             continue  # gradients are not saved: save and stop only after an update
-        epoch_ends = done % args.epoch_steps == 0
+        # After the update at which a multiple of --save-every is reached.
+        save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
-        if stop or epoch_ends or (args.save_every and done % args.save_every < args.accumulate):
+        if stop or save_due or done % args.epoch_steps == 0:
             if RANK == 0:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
@@ -382,7 +381,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
 def main() -> None:
     torch.set_flush_denormal(True)  # CPUs take twenty times as long for denormal numbers
-    set_signals(signal.SIG_DFL)  # without a traceback: only training has something to save
+    set_signals(signal.SIG_DFL)  # Ctrl-C ends at once and without a traceback
     join_ranks()
     args, data = configure()
     backbone = build_backbone(args)
@@ -464,9 +463,9 @@ def configure() -> tuple[Namespace, Data]:
         data = load_data(args.data, args.root)  # if rank 0 has to download, the others wait
     except DataError as error:
         refuse(str(error))
-    given = {key for key, value in vars(args).items() if value is not None}
+    settled = {key for key, value in vars(args).items() if value is not None}
     for key, value in choose_preset(args, data.pretrain).items():
-        if key not in given:
+        if key not in settled:
             setattr(args, key, value)
 
     args.ranks, args.images = WORLD, len(data.pretrain)
@@ -485,7 +484,7 @@ def configure() -> tuple[Namespace, Data]:
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
     scale = args.accumulate * args.batch_size / 256
     args.peak_lr = args.lr * (math.sqrt(scale) if args.optimizer == "adamw" else scale)
-    fit_method(args, given)
+    fit_method(args, settled)
 
     folder = Path(args.data).resolve()
     if args.run_dir is None:
@@ -504,16 +503,15 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        # As init_process_group does it by itself, with two timeouts and a prefix. Torchrun starts
-        # its store before its ranks: if the store does not answer for a minute, torchrun is dead.
-        # Later the ranks wait for two hours, as rank 0 may have to download. After a restart by
-        # --max-restarts the store may still hold addresses of dead ranks: hence the prefix.
+        # As init_process_group does it by itself, but for three things.
         try:
+            # Torchrun starts its store before its ranks: without an answer in a minute it is dead.
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        patience = timedelta(hours=2)
+        patience = timedelta(hours=2)  # from here on, as rank 0 may have to download
         store.set_timeout(patience)
+        # After a restart by --max-restarts the store may still hold the addresses of dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
@@ -640,7 +638,7 @@ class Log:
             return
         run = Path(args.run_dir)
         run.mkdir(parents=True, exist_ok=True)
-        # Open this file nowhere else: closing it, there as well, would end the lock.
+        # Open this file nowhere else: the lock ends when this process closes any handle of it.
         self.file = (run / "metrics.jsonl").open("a+b")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
@@ -670,7 +668,7 @@ class Log:
 
 def save(content: object, path: Path) -> None:
     """Writes beside `path`, then renames: at any moment `path` is whole, old or new."""
-    whole = io.BytesIO()  # not into the file: of a full disk torch.save tells in words of its own
+    whole = io.BytesIO()  # first, as torch.save hides the OSError of a full disk
     torch.save(content, whole)
     temporary = path.with_suffix(".tmp")
     try:
@@ -707,9 +705,9 @@ def readable(path: Path) -> Iterator[None]:
 
 def settings(args: Namespace) -> dict:
     """What the weights depend on; a run may continue with other values of the rest."""
-    others = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
-    others |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
-    return {key: value for key, value in vars(args).items() if key not in others}
+    ignored = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
+    ignored |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
+    return {key: value for key, value in vars(args).items() if key not in ignored}
 
 
 def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None:
@@ -779,8 +777,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    # The classifiers share no weights, so the factor r of a classifier's loss scales its gradient
-    # alone: its steps, momentum included, are those of SGD at the learning rate r.
+    # To multiply a classifier's loss by r is to give it the learning rate r: they share no weights,
+    # and the steps of SGD, momentum included, are linear in the gradient.
     optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])

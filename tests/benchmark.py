@@ -455,12 +455,12 @@ def jpeg(options: argparse.Namespace) -> None:
 def settings(column: str, flags: str) -> argparse.Namespace:
     """What the trainer makes of these flags for the data set of this column."""
     args = trainer.parser.parse_args(flags.split())
-    given = {key for key, value in vars(args).items() if value is not None}
+    settled = {key for key, value in vars(args).items() if value is not None}
     for key, row in trainer.PRESETS.items():
-        if key not in given:
+        if key not in settled:
             setattr(args, key, row[trainer.DATA_SETS.index(column)])
     args.peak_lr = args.lr
-    trainer.fit_method(args, given)
+    trainer.fit_method(args, settled)
     return args
 
 
