@@ -86,8 +86,8 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - Images without a column of their own get `cifar` where their longest side is at most 48 px,
 #   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
-# - What is not given is fitted: the batch to at least eight steps an epoch, the warm-up to at most
-#   a tenth of the epochs.
+# - What is not given is fitted: the batch is halved until an epoch has eight steps, the warm-up cut
+#   to a tenth of the epochs.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
 # bias_rate is the rate of biases and norms as a share of that of weights. LARS makes the step of
 # weights independent of the loss's scale, theirs not, so it belongs to a scale. solo-learn scales
@@ -138,7 +138,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; times images / 256, for adamw its root")
+flag("--lr", type=float, help="at 256 images an update; for n times n / 256 (adamw: its root)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -298,7 +298,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             if done % (args.probe_every * args.epoch_steps) == 0:
                 paused = time.perf_counter()
                 log("probe", done, **linear_probe(backbone, data, args))
-                began += time.perf_counter() - paused
+                began += time.perf_counter() - paused  # not a part of images_per_s
     if RANK == 0:
         save(backbone.state_dict(), run / "backbone.pt")
 

@@ -18,17 +18,17 @@ Negatives are the keys of earlier batches, in a queue of K (MoCo, arXiv 1911.057
 The queue starts with random directions, which are easy to tell from keys: the loss first rises,
 while real keys replace them.
 
-The fusion layer reads the batch as a single sample whose channels are the B images of a rank. It
-cuts each image into N = HW / p^2 patches of D = p^2 C numbers, and lays them out as a table: a row
-for each colour and pixel of a patch, a column for each patch, in raster order. The tables of all
-images are T (1, B, D, N). For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
-Then it computes `fusion_layers` times
+The fusion layer reads the batch as a single sample whose channels are the B images of a rank:
 
-    T <- T + Conv(T),   Conv: B -> B channels, k x k over the plane (D, N), no bias, zero at first
+    X (B, C, H, W) -> N = HW / p^2 patches of D = p^2 C numbers -> T (1, B, D, N)
+    T <- T + Conv(T), `fusion_layers` times
+    T (1, B, D, N) -> X (B, C, H, W)
 
-so that the images of a batch take part in each other: a kernel of 3 x 3 sees neighbouring pixels of
-a patch, and the same pixels of the patches to the left and right. The layer learns from the same
-loss as the rest, and is dropped after training.
+where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
+A row of the plane is a colour and pixel of a patch, a column is a patch, in raster order: for 32
+images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64). Thus the images of a batch take part
+in each other: a kernel of 3 x 3 sees, roughly, neighbouring pixels of a patch and the same pixels
+of the patches beside it. The layer learns from the loss, and is dropped after training.
 
 Conv has weights of its own for each index in the batch. If a query and its key had the same index,
 the layer could mark both with a signature of that index, and the loss would fall without the images
@@ -107,8 +107,8 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - Images without a column of their own get `cifar` where their longest side is at most 48 px,
 #   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
-# - What is not given is fitted: the batch to at least eight steps an epoch, the warm-up to at most
-#   a tenth of the epochs, fusion_patch to a divisor of the image size, queue_size to at most two
+# - What is not given is fitted: the batch is halved until an epoch has eight steps, the warm-up cut
+#   to a tenth of the epochs, fusion_patch to a divisor of the image size, queue_size to at most two
 #   thirds of the images.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
@@ -149,7 +149,7 @@ if CUDA:
     PRECISION = "bf16" if bf16 else "fp16"
 flag("--temperature", type=float, help="of InfoNCE")
 flag("--queue-size", type=int, help="negatives K, a multiple of the batch size")
-flag("--key-momentum", type=float, help="m of the key encoder at the start, 0 to 1; it never falls")
+flag("--key-momentum", type=float, help="m at the start, 0 to 1; at the end it is at least this")
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain MoCo v2")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
@@ -163,7 +163,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; times images / 256, for adamw its root")
+flag("--lr", type=float, help="at 256 images an update; for n times n / 256 (adamw: its root)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -225,7 +225,7 @@ class FusionLayer(nn.Module):
             self.convs.append(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel == 1:  # no pixel meets another one: patches would cost time for nothing
+        if self.kernel == 1:  # the same result without patches, and faster
             for conv in self.convs:
                 x = x + torch.einsum("ij,jchw->ichw", conv.weight[:, :, 0, 0], x)
             return x
@@ -238,8 +238,8 @@ class FusionLayer(nn.Module):
 
 def momentum(step: int, args: Namespace) -> float:
     """m of the key encoder at step 0, 1, ...: a cosine from key_momentum to final_momentum."""
-    left = (1 + math.cos(math.pi * step / args.steps)) / 2  # of the way, 1 at first, 0 at the end
-    return args.final_momentum - (args.final_momentum - args.key_momentum) * left
+    remaining = (1 + math.cos(math.pi * step / args.steps)) / 2  # of the way: from 1 to 0
+    return args.final_momentum - (args.final_momentum - args.key_momentum) * remaining
 
 
 class Method(nn.Module):
@@ -257,8 +257,8 @@ class Method(nn.Module):
             copy.deepcopy(part).requires_grad_(False)
             for part in (self.backbone, self.projector, self.fusion)
         )
-        # Parameters, not buffers as MoCo has: those DistributedDataParallel would send from rank 0
-        # to all ranks in every step, though all compute the same.
+        # Parameters, where MoCo has buffers: those DistributedDataParallel sends from rank 0 to the
+        # others in every step, though here all compute the same.
         self.queues = nn.ParameterList()
         for view in range(2 if args.symmetric else 1):
             random = generator(args.seed, "queue", view)
@@ -275,7 +275,7 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)  # if symmetric: the same in both
+        order = self.random_order(len(x2), "fusion", step, RANK)  # one a step, if symmetric too
         return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
 
     @torch.no_grad()
@@ -315,8 +315,8 @@ class Method(nn.Module):
         k = self.keys(x2, step)
         loss = info_nce(q, k.chunk(WORLD)[RANK], queue, self.args.temperature)
         place = step * len(k) % len(queue)  # K is a multiple of the batch
-        # info_nce has computed its gradient already, and does not look at the queue in backward. If
-        # you replace it by a loss of torch's operations, pass queue.clone() to that.
+        # Overwriting is safe: info_nce has computed its gradient already, and does not look at the
+        # queue in backward. If you replace it by a loss of torch's operations, pass queue.clone().
         queue[place : place + len(k)] = k
         return loss, q
 
@@ -326,7 +326,7 @@ class Method(nn.Module):
         For a loss of your own: as autocast may be on, cast to float32, as common.py's losses do.
         Its mean over the ranks must be the loss of all images. Change `chance_loss` as well.
         """
-        if step % self.args.accumulate == 0:
+        if step % self.args.accumulate == 0:  # after an update
             self.update_key_encoder(step)
         loss, q = self.contrast(x1, x2, step, self.queues[0])
         if self.args.symmetric:
@@ -346,7 +346,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
-    moved from the identity is logged as fusion_norm; the norm of an identity would be sqrt(B).
+    moved from the identity is logged as fusion_norm, the norm of Conv (sqrt(B) if it copies all).
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -456,7 +456,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             if done % (args.probe_every * args.epoch_steps) == 0:
                 paused = time.perf_counter()
                 log("probe", done, **linear_probe(backbone, data, args))
-                began += time.perf_counter() - paused
+                began += time.perf_counter() - paused  # not a part of images_per_s
     if RANK == 0:
         save(backbone.state_dict(), run / "backbone.pt")
 

@@ -11,17 +11,17 @@ The same command again continues where the last run stopped; --fusion-layers 0 i
 Method. Two random views of each of the B images of a rank pass the fusion layer, the backbone f and
 the projector g: z = g(f(fuse(x))). The loss is NT-Xent(z1, z2).
 
-The fusion layer reads the batch as a single sample whose channels are the B images of a rank. It
-cuts each image into N = HW / p^2 patches of D = p^2 C numbers, and lays them out as a table: a row
-for each colour and pixel of a patch, a column for each patch, in raster order. The tables of all
-images are T (1, B, D, N). For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
-Then it computes `fusion_layers` times
+The fusion layer reads the batch as a single sample whose channels are the B images of a rank:
 
-    T <- T + Conv(T),   Conv: B -> B channels, k x k over the plane (D, N), no bias, zero at first
+    X (B, C, H, W) -> N = HW / p^2 patches of D = p^2 C numbers -> T (1, B, D, N)
+    T <- T + Conv(T), `fusion_layers` times
+    T (1, B, D, N) -> X (B, C, H, W)
 
-so that the images of a batch take part in each other: a kernel of 3 x 3 sees neighbouring pixels of
-a patch, and the same pixels of the patches to the left and right. The layer learns from the same
-loss as the rest, and is dropped after training.
+where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
+A row of the plane is a colour and pixel of a patch, a column is a patch, in raster order: for 32
+images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64). Thus the images of a batch take part
+in each other: a kernel of 3 x 3 sees, roughly, neighbouring pixels of a patch and the same pixels
+of the patches beside it. The layer learns from the loss, and is dropped after training.
 
 Conv has weights of its own for each index in the batch. If both views of an image had the same
 index, the layer could mark both with a signature of that index, and the loss would fall without the
@@ -88,8 +88,8 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - Images without a column of their own get `cifar` where their longest side is at most 48 px,
 #   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
-# - What is not given is fitted: the batch to at least eight steps an epoch, the warm-up to at most
-#   a tenth of the epochs, fusion_patch to a divisor of the image size.
+# - What is not given is fitted: the batch is halved until an epoch has eight steps, the warm-up cut
+#   to a tenth of the epochs, fusion_patch to a divisor of the image size.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
@@ -138,7 +138,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; times images / 256, for adamw its root")
+flag("--lr", type=float, help="at 256 images an update; for n times n / 256 (adamw: its root)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -219,7 +219,7 @@ class FusionLayer(nn.Module):
             self.convs.append(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel == 1:  # no pixel meets another one: patches would cost time for nothing
+        if self.kernel == 1:  # the same result without patches, and faster
             for conv in self.convs:
                 x = x + torch.einsum("ij,jchw->ichw", conv.weight[:, :, 0, 0], x)
             return x
@@ -274,7 +274,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
-    moved from the identity is logged as fusion_norm; the norm of an identity would be sqrt(B).
+    moved from the identity is logged as fusion_norm, the norm of Conv (sqrt(B) if it copies all).
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -374,7 +374,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             if done % (args.probe_every * args.epoch_steps) == 0:
                 paused = time.perf_counter()
                 log("probe", done, **linear_probe(backbone, data, args))
-                began += time.perf_counter() - paused
+                began += time.perf_counter() - paused  # not a part of images_per_s
     if RANK == 0:
         save(backbone.state_dict(), run / "backbone.pt")
 
