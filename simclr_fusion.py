@@ -18,10 +18,10 @@ The fusion layer reads the batch as a single sample whose channels are the B ima
     T (1, B, D, N) -> X (B, C, H, W)
 
 where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
-A row of the plane is a colour and pixel of a patch, a column is a patch, in raster order: for 32
+T[0, b, d, n] is the number d, a colour and pixel, of patch n, in raster order, in image b. For 32
 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64). Thus the images of a batch take part
-in each other: a kernel of 3 x 3 sees, roughly, neighbouring pixels of a patch and the same pixels
-of the patches beside it. The layer learns from the loss, and is dropped after training.
+in each other: a kernel of 3 x 3 mixes d - 1 to d + 1 with n - 1 to n + 1, neighbouring pixels and
+patches but for the ends of rows. The layer learns from the loss, and is dropped after training.
 
 Conv has weights of its own for each index in the batch. If both views of an image had the same
 index, the layer could mark both with a signature of that index, and the loss would fall without the
@@ -69,13 +69,14 @@ from torchvision.utils import save_image
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
 #   each. Without a seed: centre crops of the images in their order, for evaluation.
+# - Images are the same in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
 #   and returns the mean loss of this rank's rows.
-# The mean of what the ranks return is the loss of the whole batch. As DistributedDataParallel takes
-# the mean of the ranks' gradients, nothing has to be multiplied by WORLD.
+# The mean of what the ranks return is the loss of the whole batch. Its gradient is what comes out:
+# the backward of a gather sums over the ranks, DistributedDataParallel averages over them.
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
@@ -128,7 +129,7 @@ flag("--temperature", type=float, help="of NT-Xent")
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain SimCLR")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
-flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000 (adamw: 100)")
+flag("--fusion-lr", type=float, help="not scaled; default: lr / 1000, for adamw lr / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer cheats")
 # The flags below are the same in every script.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
@@ -138,7 +139,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; for n times n / 256 (adamw: its root)")
+flag("--lr", type=float, help="at 256 images an update; for n scaled by n / 256 (adamw: root)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -160,14 +161,13 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` holds all settings. `configure` builds it from the command line, then adds in this order
-# - for flags that are not given and rows without a flag, what `choose_preset` returns: a column of
-#   PRESETS, its name as `preset`, and image_size;
-# - ranks, images (their number), checksum (of their list), epoch_steps, steps and warmup_steps
-#   (numbers of steps), and peak_lr (lr scaled by the batch);
-# - in `fit_method`: chance_loss, for the log alone, and what the method needs;
-# - run_dir.
-# `settled` holds the names of the flags that need no preset: they are given or have a default.
+# `args` holds all settings. Where they come from, in this order:
+# - the command line: flags that are given, and defaults;
+# - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
+# - configure: ranks, images (their number), checksum (of their list), epoch_steps, steps,
+#   warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
+# - fit_method: chance_loss, for the log alone, and what the method needs.
+# `settled` holds the names of those that the command line has set.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -274,7 +274,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
-    moved from the identity is logged as fusion_norm, the norm of Conv (sqrt(B) if it copies all).
+    moved from the identity is logged as fusion_norm, the norm of all Conv. That of a Conv which
+    returns its input would be sqrt(B).
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -334,7 +335,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # columns: both views, both fused, which equal them in step 0
+            with torch.no_grad():  # columns: view 1, view 2, fused 1, fused 2 (step 0: the same)
                 save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
@@ -359,7 +360,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             history, began, waited = [], time.perf_counter(), 0.0
         if done % args.accumulate > 0:
             continue  # gradients are not saved: save and stop only after an update
-        # After the update at which a multiple of --save-every is reached.
+        # Has a multiple of --save-every been reached since the last update?
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -397,7 +398,7 @@ def main() -> None:
     set_signals(note_signal)
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # it came after the last step
+    if STOP:  # a signal after the last step, when training was saved
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -505,13 +506,14 @@ def join_ranks() -> None:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         # As init_process_group does it by itself, but for three things.
         try:
-            # Torchrun starts its store before its ranks: without an answer in a minute it is dead.
+            # 1. Torchrun starts its store before its ranks: silent for a minute, it is dead.
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        patience = timedelta(hours=2)  # from here on, as rank 0 may have to download
+        # 2. From here on it may take long, as rank 0 may have to download.
+        patience = timedelta(hours=2)
         store.set_timeout(patience)
-        # After a restart by --max-restarts the store may still hold the addresses of dead ranks.
+        # 3. After a restart by --max-restarts the store may still hold addresses of dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
 
@@ -609,7 +611,7 @@ class LARS(torch.optim.SGD):
 
 
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
-    """Groups have `params`, a `peak` learning rate, weight `decay`, and whether LARS rescales them.
+    """Groups have `params`, weight `decay`, whether LARS may `adapt` them, and `peak`, for `train`.
 
     LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty.
     """
@@ -704,7 +706,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What the weights depend on; a run may continue with other values of the rest."""
+    """What the weights depend on, as which images (checksum), not where they lie (data, root)."""
     ignored = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
     ignored |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
     return {key: value for key, value in vars(args).items() if key not in ignored}
