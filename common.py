@@ -61,7 +61,7 @@ def _ranks() -> tuple[int, int]:
 
 
 def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Copies to `device`; to a GPU from pinned memory: for other copies the host has to wait."""
+    """Copies to `device`; to a GPU from pinned memory, as the host waits for any other copy."""
     tensor = torch.as_tensor(array)
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -111,8 +111,9 @@ class InMemory:
 class OnDisk:
     """Image files below `folder`, decoded anew each time they are shown.
 
-    files: (N,) array of dtype S (bytes), paths relative to `folder`; not a list, whose memory would
-    be copied in each worker as its elements' references are counted. labels: (N,) int64 or None.
+    files: (N,) array of dtype S (bytes), paths relative to `folder`. Not a list: each worker would
+    soon have a copy of it, because reading an element changes its reference count. labels: (N,)
+    int64 or None.
     """
 
     def __init__(self, folder: str | Path, files: np.ndarray, labels: np.ndarray | None = None):
@@ -170,9 +171,10 @@ class OnDisk:
         raise DataError(f"{found} (the last one: {unreadable[i]})")
 
     def note_broken(self, unreadable: dict[int, str]) -> None:
-        """Names each unreadable file once, on stderr. DataError: above 1 % and above one.
+        """Names each unreadable file once, on stderr.
 
-        Each rank counts those that it has met.
+        Raises DataError once more than one and more than 1 % of the files are unreadable. Each rank
+        counts those that it has met.
         """
         for i in sorted(set(unreadable) - self.broken):
             self.broken.add(i)
@@ -185,18 +187,6 @@ class OnDisk:
 
 
 Images = InMemory | OnDisk
-
-# For images kept in another way, return from a branch of `load_data`, beside `shapes`, a Data of
-# InMemory or of a subclass of OnDisk with a `decode` of its own:
-#
-#     class InZip(OnDisk):  # InZip("photos.zip", np.array([b"cat/1.jpg", b"cat/2.jpg"]), labels)
-#         def decode(self, index):
-#             with zipfile.ZipFile(os.fsdecode(self.folder)) as file:
-#                 return _decode(file.read(os.fsdecode(self.files[index])))
-#
-# It is called in the trainer and in data workers, which are other processes: open a handle that is
-# to stay open at its first use, and anew where os.getpid() is another. `_hold`, below, which takes
-# small images into memory, calls it in threads. For another file format: ENDINGS and `_decode`.
 
 
 def _decode(content: bytes) -> Tensor:
@@ -268,6 +258,24 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
     return Data(train, train, _hold(images.take(np.sort(mixed[:tenth]))))
 
 
+# For images kept in another way, add a branch to load_data, beside that of `shapes`,
+#
+#     if name_or_path.endswith(".zip"):
+#         images = InZip(name_or_path, np.array([b"cat/1.jpg", b"cat/2.jpg"]), np.array([0, 0]))
+#         return Data(images, images, None)  # _hold(images) instead takes small ones into memory
+#
+# and a subclass of OnDisk with a `decode` of its own:
+#
+#     class InZip(OnDisk):
+#         def decode(self, index):
+#             with zipfile.ZipFile(os.fsdecode(self.folder)) as file:
+#                 return _decode(file.read(os.fsdecode(self.files[index])))
+#
+# It is called in the trainer, by _hold in threads of it, and in data workers, which are other
+# processes: open a handle that is to stay open at its first use, and anew where os.getpid() is
+# another. For another file format: ENDINGS and _decode.
+
+
 def _train_and_val(folder: Path) -> Data:
     """Class folders in folder/train and in folder/val; val may lack some of the classes."""
     if not os.path.isdir(folder / "val"):
@@ -299,6 +307,7 @@ def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
     if not files:
         raise DataError(f"no images in {str(folder)!r}: looked for {', '.join(ENDINGS)}")
     folders, labels = np.unique([os.path.dirname(file) for file in files], return_inverse=True)
+    # Not "", which is `folder` itself, and not folders within folders.
     classes = [os.fsdecode(name) for name in folders if name and b"/" not in name]
     all_in_classes = len(classes) == len(folders)
     if len(classes) > 1 and all_in_classes:
@@ -350,7 +359,7 @@ def _hold(images: OnDisk) -> Images:
         for i, (image, unreadable) in enumerate(decoded):
             if image.shape != pixels.shape[1:]:
                 pool.shutdown(cancel_futures=True)
-                return images
+                return images  # unreadable ones are named when they are shown
             pixels[i] = image
             broken.update(unreadable)
     images.note_broken(broken)
@@ -375,6 +384,7 @@ def _archive(name: str, root: str) -> Data:
             return _read_archive(kind, root)
         except (OSError, RuntimeError) as error:
             reason = str(error)
+    # Something has failed: here, or on rank 0 only.
     reason = " ".join(reason.split()) or "rank 0 failed"
     archive = f"{kind.url} (MD5 checksum {kind.tgz_md5})"
     place = str(Path(root, kind.filename))
@@ -384,7 +394,7 @@ def _archive(name: str, root: str) -> Data:
 def _read_archive(kind: type, root: str) -> Data:
     def part(**split) -> InMemory:
         data = kind(root, **split)
-        if kind is datasets.STL10:
+        if kind is datasets.STL10:  # (N, 3, H, W) already
             return InMemory(torch.from_numpy(data.data), np.asarray(data.labels, np.int64))
         pixels = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
         return InMemory(torch.from_numpy(pixels), np.asarray(data.targets, np.int64))
@@ -402,11 +412,11 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _start_worker(_: int) -> None:
-    """Leaves it to the trainer what follows from a signal: it may want to finish its step and save.
+    """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
 
-    Terminals and torchrun send signals to the trainer's group, which the worker leaves. A scheduler
-    sends them to every process: then the worker goes on, after SIGTERM for ten seconds. It ends
-    when the trainer has no more use for it, and within seconds if the trainer dies.
+    A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
+    scheduler signals every process: the worker ignores that, or for SIGTERM ends ten seconds later.
+    torch ends it when the trainer no longer needs it, and within seconds if the trainer dies.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -633,9 +643,9 @@ Sides = int | np.ndarray  # in pixels: of all images, or of each (n,)
 # What is random about a view: uniform numbers in [0, 1). Each is drawn for all samples before the
 # next one is, so that a number appended at the end leaves the others what they are.
 #
-# To add an operation: a field in Augment, off by default; its name at the end of _SINGLE; a line in
-# `apply`, as that of _solarize. A random strength is one more name, as "sigma" of the blur: made in
-# `_parameters`, in `apply` moved to the device and passed through `_select`.
+# An operation takes place where its number is below its probability: u["flip"] < self.flip. To add
+# one: a field in Augment, off by default; its name at the end of _SINGLE; a line in `apply`, like
+# _solarize's. A random strength is one more name: follow "sigma" of the blur through the class.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
 NUMBERS = np.dtype(
     [
@@ -697,8 +707,9 @@ class Augment:
         """
         count, device = len(images), images.device
         if not cropped:
-            boxes_flips = np.column_stack(self.boxes(u, *images.shape[2:]))  # (B, 5)
-            boxes_flips = _to(boxes_flips.astype(np.float32), device)
+            boxes, flips = self.boxes(u, *images.shape[2:])
+            boxes_flips = np.column_stack([boxes, flips]).astype(np.float32)  # (B, 5)
+            boxes_flips = _to(boxes_flips, device)
         order, factors, sigma = self._parameters(u)
         factors, sigma = _to(factors, device), _to(sigma, device)
         # Beyond 3.3 sigma lies .1 % of a Gaussian; torchvision's with as many taps is the same.
@@ -760,8 +771,9 @@ class Augment:
         fits = (tries_w >= 1) & (tries_w <= width[:, None])
         fits &= (tries_h >= 1) & (tries_h <= height[:, None])
         none = ~fits.any(1)
-        first = np.arange(len(u)), fits.argmax(1)  # indexes (n, 10)
-        # Where the image fits the ratio, clip leaves all of it.
+        first = (np.arange(len(u)), fits.argmax(1))  # indexes (n, 10)
+        # If none fits: of a too wide image all of the height; of a too tall one all of the width;
+        # else both values are clipped, to all of the image.
         w = np.where(none, np.clip((height * self.ratio[1]).round(), 1, width), tries_w[first])
         h = np.where(none, np.clip((width / self.ratio[0]).round(), 1, height), tries_h[first])
         top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
@@ -771,8 +783,8 @@ class Augment:
     def centre_boxes(self, height: Sides, width: Sides) -> tuple[np.ndarray, np.ndarray]:
         """The same for evaluation: the centre square, never flipped.
 
-        Its side is the image's shorter one, or 7/8 of it for views above 96 px (224 of 256), unless
-        the image has the size of a view.
+        Its side is the image's shorter one. For views above 96 px it is 7/8 of that (224 of 256),
+        but not for images that have the size of a view.
         """
         height, width = np.atleast_1d(height, width)
         side = np.minimum(height, width)
@@ -802,7 +814,7 @@ class Augment:
 def _chunks(count: int, size: int, device: torch.device) -> list[slice]:
     """`count` samples in parts: all for a GPU, for a CPU as many as its cache holds.
 
-    Above 64 px that is one sample, which `_jitter` need not sort.
+    Above 64 px that is one sample: a few would fit, but one alone `_jitter` need not sort.
     """
     if device.type != "cpu":
         return [slice(0, count)]
@@ -846,7 +858,7 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size:
     """
     pixel = torch.arange(side, device=start.device) + 0.5 - start
     inside = (pixel > 0) & (pixel < length)
-    pixel = torch.where(inside, pixel, torch.inf)  # others have weight 0
+    pixel = torch.where(inside, pixel, torch.inf)  # the clamp below makes the others' weight 0
     output = torch.arange(size, device=start.device)[:, None] + 0.5
     output = torch.where(flip > 0, size - output, output) * (length / size)
     slope = (size / length).clamp(max=1)
@@ -856,18 +868,18 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size:
 
 
 def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> tuple:
-    """Applies to sample x[k], which is row rows[k] of the batch, its operations in their order.
+    """Applies to each sample its operations in their order; x[k] is row rows[k] of the batch.
 
-    order[row, turn] is the number of an operation, factors[row, number] belongs to that operation.
-    In each of four turns the samples are sorted by the operation that is their next, which then
-    works in place on a slice. If the next of three samples are hue (3), brightness (0) and
-    _NOTHING (4), they are sorted as samples 1, 0, 2: brightness changes the first, hue the second,
-    and nothing the third, which lies behind the last bound. Returns the samples as they were last
-    sorted, and the rows that they are.
+    order[row, turn] is the number of an operation, factors[row, number] its factor. In each of four
+    turns the samples are sorted by their next operation, which then works in place on a slice. If
+    the next of three samples are hue (3), brightness (0) and _NOTHING (4), they are sorted as
+    samples 1, 0, 2: brightness changes the first, hue the second, nothing the third. Returns the
+    samples as they were last sorted, and their rows.
     """
     factors = _select(factors, rows)
     operations = (_brightness, _contrast, _saturation, _hue)
     for turn in range(len(operations)):
+        # x, factors and rows are sorted, order is not: it stays indexed by the batch's rows.
         moved = np.argsort(order[rows, turn], kind="stable")
         x = _select(x, moved)
         factors = _select(factors, moved)
@@ -897,17 +909,12 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 
 
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
-# them; d = M - m; p = 1/6 + (g + b - r - m) / 6d. By its definition the hue, in turns, is
-#     r largest:   (g - b) / 6d         = p if g > b (then m = b), else -p (then m = g)
-#     g largest:   1/3 + (b - r) / 6d   = p, since g - m = d
-#     b largest:  -1/3 + (r - g) / 6d   = -p, since b - m = d
-# which is p with the sign of g - b in all cases, as p >= 0 (since g + b - r - m >= -d). Back, with
-# c(h) the distance of the hue from h, clamped to [1/6, 1/3] (so |hue - h| will do: the way around
-# is shorter only beyond 1/3):
-#     g = M + d - 6d c(1/3)    M up to 1/6 from its own hue 1/3, m from 1/3 on, linear between
-#     b = M + d - 6d c(2/3)    likewise
-#     r = m - d + 6d c(1/2)    likewise, but 1/2 is opposite of its own hue, 0 or 1
-# Where a pixel is gray, d is 0, and all three are m.
+# them; d = M - m. Its hue, in turns, is p = 1/6 + (g + b - r - m) / 6d with the sign of g - b. That
+# is what the definition comes to in each case: (g - b) / 6d if r is largest, 1/3 + (b - r) / 6d if
+# g is, -1/3 + (r - g) / 6d if b is. Back, with c(h) = |hue - h| clamped to [1/6, 1/3]:
+#     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
+# as a colour is M up to 1/6 from its own hue, m from 1/3 on, and linear between; from red's own hue
+# 1/2 is the opposite. Where a pixel is gray, d is 0, and all three are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -970,7 +977,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     # Along the height,
     x = x.unfold(2, reach, block).mT  # (n, 3, blocks, reach, w)
     x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
-    # then along the width.
+    # then along the width. As a block's outputs are neighbours, flatten and view join the blocks.
     x = x.flatten(2, 3).unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
     x = x.flatten(1, 3) @ band.mT  # (n, 3 * blocks * block * blocks, block)
     return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
@@ -996,9 +1003,10 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 #         centre = gather(z).mean(0)  # of all rows
 #         return (z - centre).square().sum(1).mean()  # of this rank's rows: a share
 #
-# Everything is computed in float32 (float64 if given), whatever the autocast state. All ranks must
-# pass the same number of rows, call each `gather` and run its backward; so does a rank whose share
-# is empty (dimcl of fewer columns than ranks).
+# Everything is computed in float32 (float64 if given), whatever the autocast state: products of
+# matrices, which autocast would round, need torch.autocast(..., enabled=False) around them. All
+# ranks must pass the same number of rows, call each `gather` and run its backward. That holds for a
+# rank with an empty share too (dimcl of fewer columns than ranks).
 
 
 class _Gather(torch.autograd.Function):
@@ -1037,7 +1045,7 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# From this temperature on e^(1 / temperature) is at most e^40: float32, up to e^88, holds sums.
+# At this temperature or above e^(1 / temperature) is at most e^40: float32 holds sums up to e^88.
 FLOAT32_OK = 0.025
 
 
@@ -1139,7 +1147,7 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     first = rank * width // world
     last = (rank + 1) * width // world
     loss = _pair_loss(x, first, last, temperature)
-    return (loss * world / (2 * width)).to(z1.dtype)
+    return (loss * world / (2 * width)).to(z1.dtype)  # so that the ranks' mean is the whole
 
 
 # The sums of exponentials, which are large: made in blocks, with gradients of our own.
@@ -1148,14 +1156,14 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
 class _PairSums(torch.autograd.Function):
     """S_i = sum of e^(x_i . x_j) over the rows j of x (2N, d) but i and its pair, i + N or i - N.
 
-    Of the pairs (i, i + N) with first <= i < last, this rank's: (2, last - first).
+    Returns (2, last - first): S_i and S_(i + N) of this rank's pairs, first <= i < last.
 
     The 2N x 2N matrix E of e^(x_i . x_j) would take the memory: it is made in blocks, and again in
     backward unless it is small. E is symmetric: block (I, J) adds its rows' sums to S_I and its
     columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
     dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
 
-    A block without a row or column of these pairs is skipped: in backward too, where g is 0 there.
+    Blocks without a row or column of these pairs are skipped; in backward g is 0 for the others.
     """
 
     @staticmethod
@@ -1164,7 +1172,7 @@ class _PairSums(torch.autograd.Function):
         ctx.pairs = slice(first, last)
         ctx.kept = {}
         ctx.visits = _visits(len(x), ctx.size, first, last)
-        tiny = torch.finfo(x.dtype).tiny  # with N = 1 the sum is empty, and its log is taken
+        tiny = torch.finfo(x.dtype).tiny  # not 0: their log is taken, and with N = 1 they are empty
         sums = x.new_full((len(x),), tiny)
         parts = sums.split(ctx.size)
         with torch.autocast(x.device.type, enabled=False):

@@ -323,7 +323,7 @@ class Method(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
 
-        For a loss of your own: as autocast may be on, cast to float32, as common.py's losses do.
+        For a loss of your own: cast to float32 and switch autocast off, as common.py's losses do.
         Its mean over the ranks must be the loss of all images. Change `chance_loss` as well.
         """
         if step % self.args.accumulate == 0:  # after an update
