@@ -221,9 +221,9 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own: cast to float32 and switch autocast off, as common.py's losses do.
-        Its mean over the ranks must be the loss of all images. Change `chance_loss` as well.
+        Its mean over the ranks must be the loss of all images. Change `chance_loss`, in fit_method.
         """
-        if step % self.args.accumulate == 0:  # after an update
+        if step % self.args.accumulate == 0:  # the first after an update
             self.update_target(step)
         # Each view by itself: batch norm must not see the statistics of both, as in the paper.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
@@ -314,8 +314,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
-            # As soon as one rank ends, torchrun ends the others: wait here until rank 0 has saved.
-            sum_over_ranks(torch.tensor(0))
+            wait_for_ranks()  # as soon as one ends, torchrun ends the others: rank 0 has to save
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
@@ -470,8 +469,12 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def wait_for_ranks() -> None:
+    sum_over_ranks(torch.tensor(0))  # on the CPU, by gloo
+
+
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Without synchronisation the running averages of batch norm differ between the ranks."""
+    """DDP does so before each forward. After the last one batch norm's running averages differ."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -696,7 +699,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Batches are not split: each rank takes every WORLD-th.
+    # Without a seed: centre crops in order, in whole batches, of which a rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -818,8 +821,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send a signal twice: there the second is nothing
-        set_signals(signal.SIG_DFL)  # a second signal ends the run at once
+    if "RANK" not in os.environ:  # torchrun may send a signal twice: under it a second is ignored
+        set_signals(signal.SIG_DFL)  # else it ends the run at once
 
 
 def set_signals(handler: object) -> None:

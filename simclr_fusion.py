@@ -18,10 +18,11 @@ The fusion layer reads the batch as a single sample whose channels are the B ima
     T (1, B, D, N) -> X (B, C, H, W)
 
 where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
-T[0, b, d, n] is the number d, a colour and pixel, of patch n, in raster order, in image b. For 32
-images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64). Thus the images of a batch take part
-in each other: a kernel of 3 x 3 mixes d - 1 to d + 1 with n - 1 to n + 1, neighbouring pixels and
-patches but for the ends of rows. The layer learns from the loss, and is dropped after training.
+T[0, b, d, n] is of image b; d counts colours, then rows, then columns of a patch; n counts patches
+row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64). Thus the images of
+a batch take part in each other: a kernel of 3 x 3 mixes d - 1 to d + 1 with n - 1 to n + 1, which
+are neighbouring pixels and patches but for the ends of rows. The layer learns from the loss, and is
+dropped after training.
 
 Conv has weights of its own for each index in the batch. If both views of an image had the same
 index, the layer could mark both with a signature of that index, and the loss would fall without the
@@ -255,7 +256,7 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own: cast to float32 and switch autocast off, as common.py's losses do.
-        Its mean over the ranks must be the loss of all images. Change `chance_loss` as well.
+        Its mean over the ranks must be the loss of all images. Change `chance_loss`, in fit_method.
         """
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
         x = torch.cat(self.fuse(x1, x2, step))
@@ -368,8 +369,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
-            # As soon as one rank ends, torchrun ends the others: wait here until rank 0 has saved.
-            sum_over_ranks(torch.tensor(0))
+            wait_for_ranks()  # as soon as one ends, torchrun ends the others: rank 0 has to save
             sys.exit(128 + stop)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
@@ -524,8 +524,12 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def wait_for_ranks() -> None:
+    sum_over_ranks(torch.tensor(0))  # on the CPU, by gloo
+
+
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Without synchronisation the running averages of batch norm differ between the ranks."""
+    """DDP does so before each forward. After the last one batch norm's running averages differ."""
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -750,7 +754,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Batches are not split: each rank takes every WORLD-th.
+    # Without a seed: centre crops in order, in whole batches, of which a rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -872,8 +876,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send a signal twice: there the second is nothing
-        set_signals(signal.SIG_DFL)  # a second signal ends the run at once
+    if "RANK" not in os.environ:  # torchrun may send a signal twice: under it a second is ignored
+        set_signals(signal.SIG_DFL)  # else it ends the run at once
 
 
 def set_signals(handler: object) -> None:
