@@ -271,9 +271,9 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 #             with zipfile.ZipFile(os.fsdecode(self.folder)) as file:
 #                 return _decode(file.read(os.fsdecode(self.files[index])))
 #
-# It is called in the trainer, by _hold in threads of it, and in data workers, which are other
-# processes: open a handle that is to stay open at its first use, and anew where os.getpid() is
-# another. For another file format: ENDINGS and _decode.
+# decode is called in the trainer, also in threads (by _hold), and in data workers, which are other
+# processes: open a lasting handle at its first use, and again where os.getpid() has changed. For
+# another file format: ENDINGS and _decode.
 
 
 def _train_and_val(folder: Path) -> Data:
@@ -569,8 +569,8 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # Decoders give colours innermost (channels_last), for which interpolate is faster. It looks for
-    # the strides (3HW, 1, 3W, 3); those of image[None] are (3, 1, 3W, 3): hence the detour.
+    # Decoders give colours innermost (channels_last), for which interpolate is faster. It sees that
+    # only if the batch dimension is added in front of (H, W, 3): image[None] is slower.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -784,7 +784,7 @@ class Augment:
         """The same for evaluation: the centre square, never flipped.
 
         Its side is the image's shorter one. For views above 96 px it is 7/8 of that (224 of 256),
-        but not for images that have the size of a view.
+        but images that have the size of a view are taken whole.
         """
         height, width = np.atleast_1d(height, width)
         side = np.minimum(height, width)
@@ -814,7 +814,7 @@ class Augment:
 def _chunks(count: int, size: int, device: torch.device) -> list[slice]:
     """`count` samples in parts: all for a GPU, for a CPU as many as its cache holds.
 
-    Above 64 px that is one sample: a few would fit, but one alone `_jitter` need not sort.
+    Above 64 px that is one sample: a few would fit, but `_jitter` need not sort a single one.
     """
     if device.type != "cpu":
         return [slice(0, count)]
@@ -913,8 +913,8 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # is what the definition comes to in each case: (g - b) / 6d if r is largest, 1/3 + (b - r) / 6d if
 # g is, -1/3 + (r - g) / 6d if b is. Back, with c(h) = |hue - h| clamped to [1/6, 1/3]:
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
-# as a colour is M up to 1/6 from its own hue, m from 1/3 on, and linear between; from red's own hue
-# 1/2 is the opposite. Where a pixel is gray, d is 0, and all three are m.
+# as a colour is M up to 1/6 from its own hue, m from 1/3 on, and linear between. Red's own hue, 0
+# or 1, is opposite of 1/2: hence its signs. Of gray d is 0, and all three are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -977,7 +977,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     # Along the height,
     x = x.unfold(2, reach, block).mT  # (n, 3, blocks, reach, w)
     x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
-    # then along the width. As a block's outputs are neighbours, flatten and view join the blocks.
+    # then along the width, which unfold has last already: no .mT. As a block's outputs are
+    # neighbours, flatten and view join the blocks.
     x = x.flatten(2, 3).unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
     x = x.flatten(1, 3) @ band.mT  # (n, 3 * blocks * block * blocks, block)
     return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
@@ -1005,8 +1006,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state: products of
 # matrices, which autocast would round, need torch.autocast(..., enabled=False) around them. All
-# ranks must pass the same number of rows, call each `gather` and run its backward. That holds for a
-# rank with an empty share too (dimcl of fewer columns than ranks).
+# ranks must pass the same number of rows, call each `gather` and run its backward: also a rank
+# whose share is empty (dimcl of fewer columns than ranks).
 
 
 class _Gather(torch.autograd.Function):
@@ -1172,7 +1173,7 @@ class _PairSums(torch.autograd.Function):
         ctx.pairs = slice(first, last)
         ctx.kept = {}
         ctx.visits = _visits(len(x), ctx.size, first, last)
-        tiny = torch.finfo(x.dtype).tiny  # not 0: their log is taken, and with N = 1 they are empty
+        tiny = torch.finfo(x.dtype).tiny  # not 0, the sums of N = 1: their log is taken
         sums = x.new_full((len(x),), tiny)
         parts = sums.split(ctx.size)
         with torch.autocast(x.device.type, enabled=False):
