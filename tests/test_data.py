@@ -361,7 +361,7 @@ def test_one_unreadable_file_of_few_is_no_error(tmp_path):
 def test_the_example_of_a_source_of_ones_own(mixed, tmp_path):
     """The lines in common.py's comment, as they stand there."""
     source = Path(common.__file__).read_text()
-    lines = source[source.index("#     class InZip") : source.index("#\n# It is called")]
+    lines = source[source.index("#     class InZip") : source.index("#\n# decode is called")]
     names = vars(common) | {"zipfile": zipfile}
     exec(textwrap.dedent(re.sub("^#", "", lines, flags=re.M)), names)
     images = load_data(str(mixed)).train
