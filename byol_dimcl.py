@@ -737,7 +737,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     for epoch in range(args.probe_epochs):
         optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
         order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
-        batch = min(512, len(kept) // 4 + 1)  # three steps an epoch at least
+        batch = min(512, len(kept) // 4 + 1)  # of small sets about a quarter
         for rows in kept[order.to(DEVICE)].split(batch):
             logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
             losses = F.cross_entropy(logits, y[rows].repeat_interleave(10), reduction="none")

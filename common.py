@@ -161,14 +161,15 @@ class OnDisk:
         is nearly always one of the same class. Raises DataError after a hundred unreadable ones.
         """
         unreadable = {}
-        for tried in range(min(100, len(self))):
-            i = (index + tried) % len(self)
+        for i in range(index, index + min(100, len(self))):
+            i %= len(self)
             try:
                 return self.decode(i), unreadable
             except Exception as error:  # decoders have many words for a broken file
                 unreadable[i] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        found = f"{self.path(index)!r} and {tried} files after it can't be read as images"
-        raise DataError(f"{found} (the last one: {unreadable[i]})")
+        *_, reason = unreadable.values()
+        found = f"{self.path(index)!r} and {len(unreadable) - 1} files after it"
+        raise DataError(f"{found} can't be read as images (the last one: {reason})")
 
     def note_broken(self, unreadable: dict[int, str]) -> None:
         """Names each unreadable file once, on stderr.

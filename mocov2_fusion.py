@@ -276,7 +276,7 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)  # in both directions
+        order = self.random_order(len(x2), "fusion", step, RANK)  # one for both directions
         return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
 
     @torch.no_grad()
@@ -873,7 +873,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     for epoch in range(args.probe_epochs):
         optimizer.param_groups[0]["lr"] = schedule(epoch, args.probe_epochs)
         order = torch.randperm(len(kept), generator=generator(args.seed, "probe", epoch))
-        batch = min(512, len(kept) // 4 + 1)  # three steps an epoch at least
+        batch = min(512, len(kept) // 4 + 1)  # of small sets about a quarter
         for rows in kept[order.to(DEVICE)].split(batch):
             logits = heads(x[rows]).flatten(0, 1)  # (n, 10, C) -> (10 n, C)
             losses = F.cross_entropy(logits, y[rows].repeat_interleave(10), reduction="none")

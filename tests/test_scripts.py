@@ -662,10 +662,15 @@ def test_accumulated_gradients(script, device, tmp_path, monkeypatch):
     run = built(script, f"{extra} --run-dir {tmp_path}")
     assert run.args.steps == 4 and run.args.peak_lr == pytest.approx(0.4 * 32 / 256)
     moved = []
-    for name in {"update_target", "update_key_encoder"} & vars(script.Method).keys():
-        update = getattr(script.Method, name)
-        spy = lambda self, step, f=update: moved.append(step) or f(self, step)  # noqa: E731
-        monkeypatch.setattr(script.Method, name, spy)
+    for name in ("update_target", "update_key_encoder"):
+        update = getattr(script.Method, name, None)
+
+        def spy(self, step, update=update):
+            moved.append(step)
+            update(self, step)
+
+        if update is not None:
+            monkeypatch.setattr(script.Method, name, spy)
     start = copy.deepcopy(run.model.state_dict())
     monkeypatch.setattr(script, "STOP", [signal.SIGTERM])
     with pytest.raises(SystemExit):
