@@ -530,7 +530,8 @@ class Batches(torch.utils.data.Dataset):
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
         except Exception as error:
-            # A worker's error keeps its type; its text is a traceback, the last line what happened.
+            # A worker's error keeps its type. Its text is the worker's traceback, whose last line
+            # has the type's name and what happened.
             text = str(error).strip() or repr(error)
             line = text.splitlines()[-1].removeprefix("common.DataError: ")
             if not isinstance(error, DataError):
@@ -1009,6 +1010,9 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # matrices, which autocast would round, need torch.autocast(..., enabled=False) around them. All
 # ranks must pass the same number of rows, call each `gather` and run its backward: also a rank
 # whose share is empty (dimcl of fewer columns than ranks).
+#
+# "Without information" in a docstring: the loss of embeddings that have nothing in common, whose
+# similarities are all about 0.
 
 
 class _Gather(torch.autograd.Function):

@@ -310,8 +310,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             save_views(run / "views.png", views)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # Networks with dropout draw from this. A function of the step, as all that is random.
-        torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
+        # For networks with dropout. A function of the step, as all that is random.
+        torch.manual_seed(args.seed + step * WORLD + RANK)
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
@@ -474,18 +474,15 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        # As init_process_group does it by itself, but for three things.
         try:
-            # 1. Torchrun starts its store before its ranks: silent for a minute, it is dead.
-            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
+            store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        # 2. From here on it may take long, as rank 0 may have to download.
-        patience = timedelta(hours=2)
-        store.set_timeout(patience)
-        # 3. After a restart by --max-restarts the store may still hold addresses of dead ranks.
+        # init_process_group would take this store by itself. But after a restart by --max-restarts
+        # it still holds the addresses of the dead ranks: hence a prefix, new for each start.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=patience)
+        long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
+        dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -572,15 +569,15 @@ class LARS(torch.optim.SGD):
             for w in group["params"]:
                 if w.grad is None:  # frozen: SGD leaves it out as well
                     continue
-                g_norm = w.grad.norm()
-                update = w.grad.add_(w, alpha=group["decay"])  # in place: SGD will use w.grad
+                w_norm, g_norm = w.norm(), w.grad.norm()
+                w.grad.add_(w, alpha=group["decay"])  # what SGD takes for the gradient
                 if group["adapt"]:
                     if self.formula == "lars":
-                        r = 0.001 * w.norm() / update.norm()
+                        r = 0.001 * w_norm / w.grad.norm()
                     else:
-                        r = 0.02 * w.norm() / (g_norm + group["decay"] * w.norm())
+                        r = 0.02 * w_norm / (g_norm + group["decay"] * w_norm)
                         r = (r / group["lr"]).clamp(max=1)
-                    update.mul_(torch.where((w.norm() > 0) & (g_norm > 0), r, 1.0))
+                    w.grad.mul_(torch.where((w_norm > 0) & (g_norm > 0), r, 1.0))
         super().step()
 
 
