@@ -52,13 +52,16 @@ CELLS = [
     Cell("byol-dimcl-24", "byol_dimcl.py", "--probe-every 4", "byol-24", 24, 3),
 ]
 RATES = ("--lr 0.002", "--lr 0.001", "--lr 0.004")  # for each method and its plain form
+# Besides, for single cells; @NAME: that of tests/variants.py.
 TRIED = {
-    "simclr": "--batch-size 64; --batch-size 32",
+    "simclr": "--batch-size 64; --batch-size 32; @crops.2",
     "simclr-fusion": "--fusion-lr 2e-4; --fusion-lr 6.7e-4; --fusion-lr 6.7e-5; --batch-size 64;"
-    " --batch-size 32; --fusion-lr 2e-4 --fusion-kernel 1; --fusion-lr 2e-4 --fusion-layers 3",
+    " --batch-size 32; --fusion-lr 2e-4 --fusion-kernel 1; --fusion-lr 2e-4 --fusion-layers 3;"
+    " @mean --fusion-lr 2e-4; @mixed.1; @mixed.3; @reduced --fusion-lr 2e-4",
     "simclr-fusion-literal": "--fusion-lr 2e-4",
     "curation-batch": "--curation-candidates 4; --curation-start 0.5",
-    "curation-pairs": "--curation-candidates 4; --curation-start 0.5",
+    "curation-pairs": "--curation-candidates 4; --curation-start 0.5; @new-views; @leave-out.25;"
+    " @leave-out.10; @hard; @rank; @quantile.05; @quantile.01; @crops.2",
     "byol-dimcl": "--dimcl-weight 0.3; --dimcl-weight 0.03; --dimcl-temperature 0.2",
     "barlow-dimcl": "--dimcl-weight 0.3; --dimcl-weight 0.03; --dimcl-weight 0.5;"
     " --dimcl-temperature 0.2; --dimcl-temperature 0.05",
@@ -73,8 +76,12 @@ def tries() -> list[Cell]:
     for cell, more in tried:
         plain = f"{cell.plain} {more}"
         plain = plain if plain in found else f"{cell.plain} {RATES[0]}"
-        name, flags = f"{cell.name} {more}", f"{cell.flags} {more}".strip()
-        found[name] = Cell(name, cell.script, flags, plain, epochs=4, seeds=1, data="DATA/train")
+        name, script = f"{cell.name} {more}", cell.script
+        if more.startswith("@"):
+            variant, _, more = more[1:].partition(" ")
+            script = f"tests/variants.py {variant} {script}"
+        flags = f"{cell.flags} {more}".strip()
+        found[name] = Cell(name, script, flags, plain, epochs=4, seeds=1, data="DATA/train")
     return list(found.values())
 
 
@@ -91,7 +98,7 @@ def command(cell: Cell) -> str:
 
 def origin(script: str) -> dict[str, str]:
     """The last commit of the code, with a + if it has changed since, the date and the CPU."""
-    files = [script, "common.py"]
+    files = [*(word for word in script.split() if word.endswith(".py")), "common.py"]
     log = subprocess.check_output(["git", "log", "-1", "--format=%h", *files], cwd=ROOT, text=True)
     changed = subprocess.call(["git", "diff", "--quiet", "HEAD", *files], cwd=ROOT) != 0
     cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
