@@ -232,7 +232,7 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
     Names: `shapes` (drawn, no files); `cifar10`, `cifar100`, `stl10` (downloaded into `root` by
     rank 0, checksums verified); `imagenet`, `imagenet100` (folders `train/` and `val/` under
     `root/NAME`). Anything else is a path: `train/` and `val/` with class folders; class folders
-    alone, of which a fixed tenth is held out as `val` and from `pretrain`; or images in any
+    alone, of which a fixed tenth becomes `val`, the others `train` and `pretrain`; or images in any
     arrangement, without labels. Raises DataError.
     """
     names = ", ".join(["shapes", *ARCHIVES, *NAMED_FOLDERS])
@@ -422,7 +422,7 @@ def _start_worker(_: int) -> None:
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # the alarm will end it
 
 
 @dataclass
@@ -714,7 +714,8 @@ class Augment:
             boxes_flips = _to(boxes_flips, device)
         order, factors, sigma = self._parameters(u)
         factors, sigma = _to(factors, device), _to(sigma, device)
-        # Beyond 3.3 sigma lies .1 % of a Gaussian; torchvision's with as many taps is the same.
+        # Beyond 3.3 sigma lies .1 % of a Gaussian. torchvision's gaussian_blur gives the same for
+        # kernel_size = 2 radius + 1.
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
         out = torch.empty(count, 3, self.size, self.size, device=device)
         # Nothing here gains from autocast, and index_copy_ would meet two dtypes.
@@ -774,8 +775,8 @@ class Augment:
         fits &= (tries_h >= 1) & (tries_h <= height[:, None])
         none = ~fits.any(1)
         first = (np.arange(len(u)), fits.argmax(1))  # indexes (n, 10)
-        # If none fits: of a too wide image all of the height; of a too tall one all of the width;
-        # else both values are clipped, to all of the image.
+        # If none fits: the width that the greatest ratio gives all of the height, the height that
+        # the least ratio gives all of the width, and neither more than the image has.
         w = np.where(none, np.clip((height * self.ratio[1]).round(), 1, width), tries_w[first])
         h = np.where(none, np.clip((width / self.ratio[0]).round(), 1, height), tries_h[first])
         top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
@@ -816,7 +817,7 @@ class Augment:
 def _chunks(count: int, size: int, device: torch.device) -> list[slice]:
     """`count` samples in parts: all for a GPU, for a CPU as many as its cache holds.
 
-    Above 64 px that is one sample: a few would fit, but `_jitter` need not sort a single one.
+    Above 64 px one sample, though a few would fit: a single one needs no sorting in `_jitter`.
     """
     if device.type != "cpu":
         return [slice(0, count)]
@@ -881,12 +882,12 @@ def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> 
     factors = _select(factors, rows)
     operations = (_brightness, _contrast, _saturation, _hue)
     for turn in range(len(operations)):
-        # x, factors and rows are sorted, order is not: it stays indexed by the batch's rows.
-        moved = np.argsort(order[rows, turn], kind="stable")
+        upcoming = order[rows, turn]  # of x[k]; order itself stays indexed by the batch's rows
+        moved = np.argsort(upcoming, kind="stable")
         x = _select(x, moved)
         factors = _select(factors, moved)
         rows = rows[moved]
-        bounds = np.searchsorted(order[rows, turn], range(len(operations) + 1))
+        bounds = np.searchsorted(upcoming[moved], range(len(operations) + 1))
         for number, operation in enumerate(operations):
             start, end = bounds[number], bounds[number + 1]
             if start < end:
@@ -911,12 +912,15 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 
 
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
-# them; d = M - m. Its hue, in turns, is p = 1/6 + (g + b - r - m) / 6d with the sign of g - b. That
-# is what the definition comes to in each case: (g - b) / 6d if r is largest, 1/3 + (b - r) / 6d if
-# g is, -1/3 + (r - g) / 6d if b is. Back, with c(h) = |hue - h| clamped to [1/6, 1/3]:
+# them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
+#     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
+# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d). For example, let g be the largest: g - m = d,
+# the sign is +, and what remains is 1/6 + (d + b - r) / 6d, as above. Back, with the distance
+# c(h) = |hue - h| clamped to [1/6, 1/3]:
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
-# as a colour is M up to 1/6 from its own hue, m from 1/3 on, and linear between. Red's own hue, 0
-# or 1, is opposite of 1/2: hence its signs. Of gray d is 0, and all three are m.
+# Green is M up to 1/6 from its own hue, 1/3, then falls to m at 1/3 from it; so does blue from 2/3.
+# Red's own hue is 0 and 1, where it is most distant from 1/2: hence the other signs. Of gray d is
+# 0, and all three are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -977,10 +981,11 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Along the height,
-    x = x.unfold(2, reach, block).mT  # (n, 3, blocks, reach, w)
+    x = x.unfold(2, reach, block)  # (n, 3, blocks, w, reach): what is unfolded comes last
+    x = x.mT  # (n, 3, blocks, reach, w)
     x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
-    # then along the width, which unfold has last already: no .mT. As a block's outputs are
-    # neighbours, flatten and view join the blocks.
+    # then along the width, which is last already: no .mT. As a block's outputs are neighbours,
+    # flatten and view join the blocks.
     x = x.flatten(2, 3).unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
     x = x.flatten(1, 3) @ band.mT  # (n, 3 * blocks * block * blocks, block)
     return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
@@ -998,8 +1003,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # needs them (info_nce and byol_loss need none). The rule for a new loss: if rank r of W returns
 # L_r, then the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins). The backward
-# of `gather` sums over the ranks, and DistributedDataParallel averages over them: the gradients are
-# those of one process with the whole batch. For example,
+# of `gather` sums over the ranks, and DistributedDataParallel averages over them: so the gradients
+# are those of one process with the whole batch, in both cases. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1058,7 +1063,8 @@ FLOAT32_OK = 0.025
 def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
     """z scaled so that products of its vectors along `dim` are cosines / temperature.
 
-    In float64 for a temperature below FLOAT32_OK. eps: no division by zero for vectors of zero.
+    In float64 for a temperature below FLOAT32_OK, as float32 would leave cosines / temperature too
+    few digits. eps: below its root a norm counts as rounding, and the vector shrinks towards 0.
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be greater than 0, got {temperature}")
@@ -1149,11 +1155,31 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     rank, world = _ranks()
     width = z1.shape[1]
     z = torch.cat([gather(z1), gather(z2)], 1)
+    # A greater eps than that of rows: centring leaves rounding errors in a constant column.
     x = _unit(z - z.mean(0), temperature, dim=0, eps=1e-12).T
     first = rank * width // world
     last = (rank + 1) * width // world
     loss = _pair_loss(x, first, last, temperature)
     return (loss * world / (2 * width)).to(z1.dtype)  # so that the ranks' mean is the whole
+
+
+def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
+    """Summed loss of the pairs first ... last - 1, both their rows; rows i, i + N of x pair."""
+    pairs = x.unflatten(0, (2, -1))  # (2, N, d)
+    positive = (pairs[0] * pairs[1]).sum(1)[first:last]
+    if temperature >= FLOAT32_OK:
+        log_sums = _PairSums.apply(x, first, last).log()
+    else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
+        row = torch.arange(first, last, device=x.device)[:, None]
+        column = torch.arange(len(x), device=x.device) % len(pairs[0])
+        products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
+        log_sums = products.logsumexp(2)  # (2, last - first)
+    return _negative_log_softmax(positive, log_sums).sum()
+
+
+def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
+    """-log(e^p / (e^p + S)) = log(1 + S / e^p). Near 0 it keeps its digits, as S is without e^p."""
+    return F.softplus(log_sums - positive)
 
 
 # The sums of exponentials, which are large: made in blocks, with gradients of our own.
@@ -1166,8 +1192,8 @@ class _PairSums(torch.autograd.Function):
 
     The 2N x 2N matrix E of e^(x_i . x_j) would take the memory: it is made in blocks, and again in
     backward unless it is small. E is symmetric: block (I, J) adds its rows' sums to S_I and its
-    columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS:
-    dL/dx_i = sum_j E_ij (g_i + g_j) x_j.
+    columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS,
+    dL/dx_i = sum_j E_ij (g_i + g_j) x_j, as x_i is in S_i and in every S_j.
 
     Blocks without a row or column of these pairs are skipped; in backward g is 0 for the others.
     """
@@ -1258,22 +1284,3 @@ class _QueueSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         return g[:, None] * ctx.saved_tensors[0], None
-
-
-def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
-    """-log(e^p / (e^p + S)) = log(1 + S / e^p), which keeps its digits near 0."""
-    return F.softplus(log_sums - positive)
-
-
-def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
-    """Summed loss of the pairs first ... last - 1, both their rows; rows i, i + N of x pair."""
-    pairs = x.unflatten(0, (2, -1))  # (2, N, d)
-    positive = (pairs[0] * pairs[1]).sum(1)[first:last]
-    if temperature >= FLOAT32_OK:
-        log_sums = _PairSums.apply(x, first, last).log()
-    else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
-        row = torch.arange(first, last, device=x.device)[:, None]
-        column = torch.arange(len(x), device=x.device) % len(pairs[0])
-        products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
-        log_sums = products.logsumexp(2)  # (2, last - first)
-    return _negative_log_softmax(positive, log_sums).sum()
