@@ -63,8 +63,9 @@ from torchvision.utils import save_image
 #   say what for.
 # - The losses take this rank's rows, gather those of the other ranks with their gradient where they
 #   need them, and return this rank's share of the loss.
-# The mean of what the ranks return is the loss of the whole batch. Its gradient is what comes out:
-# the backward of a gather sums over the ranks, DistributedDataParallel averages over them.
+# The mean of what the ranks return is the loss of the whole batch. The parameters get the gradient
+# of that mean: the backward of a gather sums the gradients of all ranks' losses, and then
+# DistributedDataParallel averages those of the parameters over the ranks.
 from common import (
     BYOL_VIEWS,
     Augment,
@@ -242,7 +243,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaced within `backbone` as well
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -268,7 +269,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss / args.accumulate).backward()
+        scaler.scale(loss / args.accumulate).backward()  # DDP averages each: the same sum
         done = step + 1
         if done % args.accumulate == 0:
             scaler.step(optimizer)
@@ -282,8 +283,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             lr = optimizer.param_groups[0]["lr"]
             log_progress(log, args, done, history, lr, began, waited)
             history, began, waited = [], time.perf_counter(), 0.0
+        # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
-            continue  # gradients are not saved: save and stop only after an update
+            continue
         # Has a multiple of --save-every been reached since the last update?
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
@@ -334,8 +336,8 @@ def main() -> None:
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr.
 
-    Code 2 is wrong use, which all ranks find: one rank of each machine prints it. Code 1 is a
-    failure, which may meet a single rank: whoever finds it prints it.
+    Code 2 is wrong use: all ranks find it, or rank 0 does. One rank of each machine prints it.
+    Code 1 is a failure, which may meet any rank: whoever finds it prints it.
     """
     if LOCAL_RANK != 0 and code == 2:
         # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
@@ -449,7 +451,10 @@ def wait_for_ranks() -> None:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """DDP does so before each forward. After the last one batch norm's running averages differ."""
+    """On CPUs ranks have batch norms of their own, so their running averages differ.
+
+    DistributedDataParallel does the same before each forward, but nobody does after the last.
+    """
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -630,7 +635,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What the weights depend on, as which images (checksum), not where they lie (data, root)."""
+    """What the weights depend on. The images count by their checksum, not by where they lie."""
     ignored = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
     ignored |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
     return {key: value for key, value in vars(args).items() if key not in ignored}
@@ -674,7 +679,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order, in whole batches, of which a rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Batches are not divided among the ranks (they are not
+    # told of them): a rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -796,8 +802,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send a signal twice: under it a second is ignored
-        set_signals(signal.SIG_DFL)  # else it ends the run at once
+    if "RANK" not in os.environ:  # torchrun may send a signal twice: its ranks ignore the second
+        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
 
 
 def set_signals(handler: object) -> None:

@@ -25,11 +25,11 @@ The fusion layer reads the batch as a single sample whose channels are the B ima
     T (1, B, D, N) -> X (B, C, H, W)
 
 where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
-T[0, b, d, n] is of image b; d counts colours, then rows, then columns of a patch; n counts patches
-row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64). Thus the images of
-a batch take part in each other: a kernel of 3 x 3 mixes d - 1 to d + 1 with n - 1 to n + 1, which
-are neighbouring pixels and patches but for the ends of rows. The layer learns from the loss, and is
-dropped after training.
+T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, columns fastest; n
+counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
+Thus the images of a batch take part in each other: a kernel of 3 x 3 mixes d - 1 to d + 1 with
+n - 1 to n + 1, which are neighbouring pixels and patches, except where a row of them ends. The
+layer learns from the loss, and is dropped after training.
 
 Conv has weights of its own for each index in the batch. If a query and its key had the same index,
 the layer could mark both with a signature of that index, and the loss would fall without the images
@@ -84,8 +84,9 @@ from torchvision.utils import save_image
 #   say what for.
 # - info_nce normalises q and k, and returns the mean loss of this rank's queries. It computes its
 #   gradient in forward. gather joins the rows of all ranks.
-# The mean of what the ranks return is the loss of the whole batch. Its gradient is what comes out:
-# the backward of a gather sums over the ranks, DistributedDataParallel averages over them.
+# The mean of what the ranks return is the loss of the whole batch. The parameters get the gradient
+# of that mean: the backward of a gather sums the gradients of all ranks' losses, and then
+# DistributedDataParallel averages those of the parameters over the ranks.
 from common import (
     MOCO_V2,
     Augment,
@@ -347,8 +348,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
-    moved from the identity is logged as fusion_norm, the norm of all Conv. That of a Conv which
-    returns its input would be sqrt(B).
+    moved from the identity is logged as fusion_norm, the norm of all Conv: sqrt(B) would be that
+    of a Conv which returns its input, by weights of 1 in the centres of B kernels.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -427,7 +428,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss / args.accumulate).backward()
+        scaler.scale(loss / args.accumulate).backward()  # DDP averages each: the same sum
         done = step + 1
         if done % args.accumulate == 0:
             scaler.step(optimizer)
@@ -441,8 +442,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             lr = optimizer.param_groups[0]["lr"]
             log_progress(log, args, done, history, lr, began, waited)
             history, began, waited = [], time.perf_counter(), 0.0
+        # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
-            continue  # gradients are not saved: save and stop only after an update
+            continue
         # Has a multiple of --save-every been reached since the last update?
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
@@ -493,8 +495,8 @@ def main() -> None:
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr.
 
-    Code 2 is wrong use, which all ranks find: one rank of each machine prints it. Code 1 is a
-    failure, which may meet a single rank: whoever finds it prints it.
+    Code 2 is wrong use: all ranks find it, or rank 0 does. One rank of each machine prints it.
+    Code 1 is a failure, which may meet any rank: whoever finds it prints it.
     """
     if LOCAL_RANK != 0 and code == 2:
         # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
@@ -608,7 +610,10 @@ def wait_for_ranks() -> None:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """DDP does so before each forward. After the last one batch norm's running averages differ."""
+    """On CPUs ranks have batch norms of their own, so their running averages differ.
+
+    DistributedDataParallel does the same before each forward, but nobody does after the last.
+    """
     if WORLD > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -789,7 +794,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What the weights depend on, as which images (checksum), not where they lie (data, root)."""
+    """What the weights depend on. The images count by their checksum, not by where they lie."""
     ignored = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
     ignored |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
     return {key: value for key, value in vars(args).items() if key not in ignored}
@@ -833,7 +838,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order, in whole batches, of which a rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Batches are not divided among the ranks (they are not
+    # told of them): a rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -955,8 +961,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send a signal twice: under it a second is ignored
-        set_signals(signal.SIG_DFL)  # else it ends the run at once
+    if "RANK" not in os.environ:  # torchrun may send a signal twice: its ranks ignore the second
+        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
 
 
 def set_signals(handler: object) -> None:
