@@ -27,9 +27,10 @@ The fusion layer reads the batch as a single sample whose channels are the B ima
 where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
 T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, columns fastest; n
 counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
-Thus the images of a batch take part in each other: a kernel of 3 x 3 mixes d - 1 to d + 1 with
-n - 1 to n + 1, which are neighbouring pixels and patches, except where a row of them ends. The
-layer learns from the loss, and is dropped after training.
+Thus the images of a batch take part in each other, and with a kernel of 3 x 3 also neighbours in
+an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row; after the
+last in a row comes the first of the next. The layer learns from the loss, and is dropped after
+training.
 
 Conv has weights of its own for each index in the batch. If a query and its key had the same index,
 the layer could mark both with a signature of that index, and the loss would fall without the images
@@ -83,10 +84,11 @@ from torchvision.utils import save_image
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - info_nce normalises q and k, and returns the mean loss of this rank's queries. It computes its
-#   gradient in forward. gather joins the rows of all ranks.
-# The mean of what the ranks return is the loss of the whole batch. The parameters get the gradient
-# of that mean: the backward of a gather sums the gradients of all ranks' losses, and then
-# DistributedDataParallel averages those of the parameters over the ranks.
+#   gradient in forward.
+# - gather joins the rows of all ranks. (The keys take no gradient. In a loss that gathers with
+#   gradient, the backward of gather sums the gradients of all ranks' losses.)
+# The mean of what the ranks return is the loss of the whole batch, as DistributedDataParallel
+# averages the gradients of the parameters over the ranks.
 from common import (
     MOCO_V2,
     Augment,
@@ -174,7 +176,7 @@ flag("--arch", help="resnet10 or any classification model of torchvision")
 flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3, 3x3 stride 2")
 flag("--image-size", type=int, help="side of a view in pixels")
 flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
-flag("--compile", action=ON_OFF, default=False, help="torch.compile the backbone")
+flag("--compile", action=ON_OFF, default=False, help="torch.compile the networks")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
 flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: at epochs' ends only")
@@ -194,7 +196,7 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps, steps,
 #   warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
 # - fit_method: chance_loss, for the log alone, and what the method needs.
-# `settled` holds the names of those that the command line has set.
+# `settled` holds the names of those that come from the command line.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -259,8 +261,8 @@ class Method(nn.Module):
             copy.deepcopy(part).requires_grad_(False)
             for part in (self.backbone, self.projector, self.fusion)
         )
-        # Parameters, where MoCo has buffers: those DistributedDataParallel sends from rank 0 to the
-        # others in every step, though here all compute the same.
+        # Parameters, where MoCo has buffers. Buffers DistributedDataParallel would send from rank 0
+        # to the others in every step, though all ranks compute the same queue.
         self.queues = nn.ParameterList()
         for view in range(2 if args.symmetric else 1):
             random = generator(args.seed, "queue", view)
@@ -277,7 +279,7 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)  # one for both directions
+        order = self.random_order(len(x2), "fusion", step, RANK)  # also if x1 and x2 swap roles
         return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
 
     @torch.no_grad()
@@ -325,8 +327,9 @@ class Method(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
 
-        For a loss of your own: cast to float32 and switch autocast off, as common.py's losses do.
-        Its mean over the ranks must be the loss of all images. Change `chance_loss`, in fit_method.
+        For a loss of your own: as common.py's losses do, cast embeddings to float32 and compute it
+        within `torch.autocast(DEVICE.type, enabled=False)`. Its mean over the ranks must be the
+        loss of all images. Change `chance_loss`, in fit_method.
         """
         if step % self.args.accumulate == 0:  # the first after an update
             self.update_key_encoder(step)
@@ -409,7 +412,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     start = resume(run / "checkpoint.pt", args, parts)
     log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
     if args.compile:
-        backbone.compile()
+        for part in model.children():  # a momentum copy of the backbone as well
+            part.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
 
@@ -439,13 +443,12 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
         if done % args.log_every == 0 or done == args.steps:
-            lr = optimizer.param_groups[0]["lr"]
-            log_progress(log, args, done, history, lr, began, waited)
+            log_progress(log, args, done, history, optimizer.param_groups[0]["lr"], began, waited)
             history, began, waited = [], time.perf_counter(), 0.0
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Has a multiple of --save-every been reached since the last update?
+        # Is a multiple of --save-every among the steps since the last update?
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:

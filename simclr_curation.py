@@ -138,7 +138,7 @@ flag("--arch", help="resnet10 or any classification model of torchvision")
 flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3, 3x3 stride 2")
 flag("--image-size", type=int, help="side of a view in pixels")
 flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
-flag("--compile", action=ON_OFF, default=False, help="torch.compile the backbone")
+flag("--compile", action=ON_OFF, default=False, help="torch.compile the networks")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
 flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: at epochs' ends only")
@@ -158,7 +158,7 @@ MAY_BE_0 += ["curation_start"]
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps, steps,
 #   warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
 # - fit_method: chance_loss, for the log alone, and what the method needs.
-# `settled` holds the names of those that the command line has set.
+# `settled` holds the names of those that come from the command line.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -245,9 +245,11 @@ class Method(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views -> loss, what else to log, embeddings (B, d), whose `std` is logged.
 
-        Views are (K B, 3, H, W), before curation starts (B, 3, H, W). For a loss of your own: cast
-        to float32 and switch autocast off, as common.py's losses do. Its mean over the ranks must
-        be the loss of all images. Change `chance_loss`, in fit_method.
+        Views are (K B, 3, H, W), before curation starts (B, 3, H, W).
+
+        For a loss of your own: as common.py's losses do, cast embeddings to float32 and compute it
+        within `torch.autocast(DEVICE.type, enabled=False)`. Its mean over the ranks must be the
+        loss of all images. Change `chance_loss`, in fit_method.
         """
         to_log = {}
         if step >= self.args.curation_step:
@@ -298,7 +300,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     start = resume(run / "checkpoint.pt", args, parts)
     log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
     if args.compile:
-        backbone.compile()
+        for part in model.children():  # a momentum copy of the backbone as well
+            part.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
 
@@ -327,13 +330,12 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
         if done % args.log_every == 0 or done == args.steps:
-            lr = optimizer.param_groups[0]["lr"]
-            log_progress(log, args, done, history, lr, began, waited)
+            log_progress(log, args, done, history, optimizer.param_groups[0]["lr"], began, waited)
             history, began, waited = [], time.perf_counter(), 0.0
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Has a multiple of --save-every been reached since the last update?
+        # Is a multiple of --save-every among the steps since the last update?
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:

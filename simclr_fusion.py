@@ -20,9 +20,10 @@ The fusion layer reads the batch as a single sample whose channels are the B ima
 where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
 T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, columns fastest; n
 counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
-Thus the images of a batch take part in each other: a kernel of 3 x 3 mixes d - 1 to d + 1 with
-n - 1 to n + 1, which are neighbouring pixels and patches, except where a row of them ends. The
-layer learns from the loss, and is dropped after training.
+Thus the images of a batch take part in each other, and with a kernel of 3 x 3 also neighbours in
+an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row; after the
+last in a row comes the first of the next. The layer learns from the loss, and is dropped after
+training.
 
 Conv has weights of its own for each index in the batch. If both views of an image had the same
 index, the layer could mark both with a signature of that index, and the loss would fall without the
@@ -149,7 +150,7 @@ flag("--arch", help="resnet10 or any classification model of torchvision")
 flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3, 3x3 stride 2")
 flag("--image-size", type=int, help="side of a view in pixels")
 flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
-flag("--compile", action=ON_OFF, default=False, help="torch.compile the backbone")
+flag("--compile", action=ON_OFF, default=False, help="torch.compile the networks")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
 flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: at epochs' ends only")
@@ -169,7 +170,7 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps, steps,
 #   warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
 # - fit_method: chance_loss, for the log alone, and what the method needs.
-# `settled` holds the names of those that the command line has set.
+# `settled` holds the names of those that come from the command line.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -256,8 +257,9 @@ class Method(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
 
-        For a loss of your own: cast to float32 and switch autocast off, as common.py's losses do.
-        Its mean over the ranks must be the loss of all images. Change `chance_loss`, in fit_method.
+        For a loss of your own: as common.py's losses do, cast embeddings to float32 and compute it
+        within `torch.autocast(DEVICE.type, enabled=False)`. Its mean over the ranks must be the
+        loss of all images. Change `chance_loss`, in fit_method.
         """
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
         x = torch.cat(self.fuse(x1, x2, step))
@@ -327,7 +329,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     start = resume(run / "checkpoint.pt", args, parts)
     log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
     if args.compile:
-        backbone.compile()
+        for part in model.children():  # a momentum copy of the backbone as well
+            part.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
 
@@ -357,13 +360,12 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         values = {"loss": loss, **to_log, "std": std}
         history.append({key: value.detach() for key, value in values.items()})
         if done % args.log_every == 0 or done == args.steps:
-            lr = optimizer.param_groups[0]["lr"]
-            log_progress(log, args, done, history, lr, began, waited)
+            log_progress(log, args, done, history, optimizer.param_groups[0]["lr"], began, waited)
             history, began, waited = [], time.perf_counter(), 0.0
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Has a multiple of --save-every been reached since the last update?
+        # Is a multiple of --save-every among the steps since the last update?
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
