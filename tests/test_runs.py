@@ -285,6 +285,15 @@ def test_non_finite_loss_stops(images, tmp_path, capfd):
 # --------------------------------------------------------------------------------- other commands
 
 
+def test_compile_takes_the_momentum_copy_too(images, tmp_path, capfd, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: compiled.append(part))
+    words = [*flags("byol_dimcl"), "--data", images, "--run-dir", tmp_path, "--compile"]
+    assert inside(capfd, "byol_dimcl", *words).code == 0
+    inside_them = [type(module) for part in compiled for module in part.modules()]
+    assert inside_them.count(torchvision.models.ResNet) == 2
+
+
 def test_images_without_labels(tmp_path, capfd):
     """Pictures in no order: trained on, no probe, which is said at the start."""
     pictures = write_images(tmp_path / "pictures", 1, 40, ((24, 24), (20, 30)))
