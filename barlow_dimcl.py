@@ -56,16 +56,17 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each. Without a seed: centre crops of the images in their order, for evaluation.
+#   each. As many steps as there are whole batches show all images once, in a new random order.
+#   Without a seed: centre crops of the images in their order, for evaluation.
 # - Images are the same in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - The losses take this rank's rows, gather those of the other ranks with their gradient where they
 #   need them, and return this rank's share of the loss.
-# The mean of what the ranks return is the loss of the whole batch. The parameters get the gradient
-# of that mean: the backward of a gather sums the gradients of all ranks' losses, and then
-# DistributedDataParallel averages those of the parameters over the ranks.
+# The loss of the whole batch is the mean of what the ranks return. Its gradient comes out in two
+# steps: the backward of a gather gives a rank's embeddings the gradient of the sum of all ranks'
+# losses, and DistributedDataParallel divides by the number of ranks, as it averages over them.
 from common import (
     BYOL_VIEWS,
     Augment,
@@ -166,8 +167,8 @@ MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 # `args` holds all settings. Where they come from, in this order:
 # - the command line: flags that are given, and defaults;
 # - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
-# - configure: ranks, images (their number), checksum (of their list), epoch_steps, steps,
-#   warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
+# - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
+#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
 # - fit_method: chance_loss, for the log alone, and what the method needs.
 # `settled` holds the names of those that come from the command line.
 
@@ -252,7 +253,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     start = resume(run / "checkpoint.pt", args, parts)
     log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
     if args.compile:
-        for part in model.children():  # a momentum copy of the backbone as well
+        for part in model.children():  # backbone, projector and what else Method has
             part.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
@@ -271,7 +272,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss / args.accumulate).backward()  # DDP averages each: the same sum
+        scaler.scale(loss / args.accumulate).backward()  # DDP averages over the ranks each time
         done = step + 1
         if done % args.accumulate == 0:
             scaler.step(optimizer)
@@ -370,7 +371,7 @@ def choose_preset(args: Namespace, images: Images) -> dict:
         preset["stem"] = "small" if small else "imagenet"
     while preset["batch_size"] > max(len(images) // 8, 2 * WORLD):  # at least eight steps an epoch
         preset["batch_size"] //= 2
-    preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD
+    preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
     preset["warmup_epochs"] = min(preset["warmup_epochs"], (args.epochs or preset["epochs"]) / 10)
     return preset
 
@@ -406,6 +407,7 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
+    # With --accumulate this may be a few steps less than a pass over the images in `Batches`.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -435,7 +437,7 @@ def join_ranks() -> None:
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
         # init_process_group would take this store by itself. But after a restart by --max-restarts
-        # it still holds the addresses of the dead ranks: hence a prefix, new for each start.
+        # the store still holds the addresses of the dead ranks: hence a prefix, new at each start.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
@@ -452,7 +454,7 @@ def wait_for_ranks() -> None:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """On CPUs ranks have batch norms of their own, so their running averages differ.
+    """Where each rank has batch norms of its own, their running averages differ.
 
     DistributedDataParallel does the same before each forward, but nobody does after the last.
     """
@@ -636,7 +638,10 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What the weights depend on. The images count by their checksum, not by where they lie."""
+    """What a run has to have in common with the checkpoint that it continues.
+
+    The images count by their checksum, not by where they lie.
+    """
     ignored = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
     ignored |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
     return {key: value for key, value in vars(args).items() if key not in ignored}
@@ -680,8 +685,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Batches are not divided among the ranks (they are not
-    # told of them): a rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Here `Batches` does not get RANK and WORLD, so it makes
+    # whole batches, of which a rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -786,9 +791,9 @@ def log_progress(
 
 
 # How a signal ends a run. Before and after training there is nothing to save, and signals do what
-# they do by default. In training a signal has to wait for the end of the step:
+# they do by default. In training a signal has to wait for the next update of the weights:
 # 1. its handler, `note_signal`, only puts its number into STOP;
-# 2. after each step `asked_to_stop` finds out whether any rank has received one;
+# 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
 # 3. then `train` saves, on rank 0, and ends, on all.
 STOP = []
 PARENT = os.getppid()

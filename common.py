@@ -38,7 +38,8 @@ from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
-# torchvision 0.29 announces at every image that its decoder will go; then `_decode` needs Pillow.
+# torchvision 0.29 announces at every image that its decoder will be removed. Then `_decode` will
+# have to use Pillow for all formats.
 warnings.filterwarnings("ignore", message=".*decoding.*deprecated", module="torchvision")
 
 
@@ -183,8 +184,8 @@ class OnDisk:
             print(line, file=sys.stderr, flush=True)
         if len(self.broken) > max(1, 0.01 * len(self)):
             found = f"{len(self.broken)} of {len(self)} images in {os.fsdecode(self.folder)!r}"
-            last = f"the last one {self.path(max(self.broken))!r}"
-            raise DataError(f"{found} can't be read (limit 1 %), {last}: remove or repair them")
+            one = f"as {self.path(max(self.broken))!r}"
+            raise DataError(f"{found} can't be read (limit 1 %), {one}: remove or repair them")
 
 
 Images = InMemory | OnDisk
@@ -385,7 +386,7 @@ def _archive(name: str, root: str) -> Data:
             return _read_archive(kind, root)
         except (OSError, RuntimeError) as error:
             reason = str(error)
-    # Something has failed: here, or on rank 0 only.
+    # If the download has failed, only rank 0 knows the reason.
     reason = " ".join(reason.split()) or "rank 0 failed"
     archive = f"{kind.url} (MD5 checksum {kind.tgz_md5})"
     place = str(Path(root, kind.filename))
@@ -416,13 +417,14 @@ def _start_worker(_: int) -> None:
     """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
 
     A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
-    scheduler signals every process: the worker ignores that, or for SIGTERM ends ten seconds later.
-    torch ends it when the trainer no longer needs it, and within seconds if the trainer dies.
+    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and at SIGTERM
+    sets an alarm, which ends it ten seconds later. When the trainer no longer needs the worker,
+    torch lets it return; if the trainer dies, the worker returns within seconds.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # the alarm will end it
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 @dataclass
@@ -530,8 +532,8 @@ class Batches(torch.utils.data.Dataset):
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
         except Exception as error:
-            # A worker's error keeps its type. Its text is the worker's traceback, whose last line
-            # has the type's name and what happened.
+            # A worker's error keeps its type, but its text is the worker's traceback, whose last
+            # line has the type's name and what happened. Without workers it has that alone.
             text = str(error).strip() or repr(error)
             line = text.splitlines()[-1].removeprefix("common.DataError: ")
             if not isinstance(error, DataError):
@@ -571,8 +573,8 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # Decoders give colours innermost (channels_last), for which interpolate is faster. It sees that
-    # only if the batch dimension is added in front of (H, W, 3): image[None] is slower.
+    # This is image[None], (1, 3, H, W), but with other strides. Decoders give colours innermost
+    # (channels_last), for which interpolate is faster, and image[None] does not show it that.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -658,7 +660,7 @@ NUMBERS = np.dtype(
     ]
 )
 _ORDERS = np.array(list(permutations(range(4))))  # of those four; the number "order" picks one
-_NOTHING = 4  # stands in an order for none of them
+_NOTHING = 4  # in an order: at this turn change nothing
 
 
 @dataclass(frozen=True)
@@ -671,7 +673,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; with blur, which reflects, well above 3.3 sigma[1]
+    size: int = 224  # pixels a side; with blur, twice 3.3 sigma[1] or more, as its edges reflect
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -775,10 +777,10 @@ class Augment:
         fits &= (tries_h >= 1) & (tries_h <= height[:, None])
         none = ~fits.any(1)
         first = (np.arange(len(u)), fits.argmax(1))  # indexes (n, 10)
-        # If none fits: the width that the greatest ratio gives all of the height, the height that
-        # the least ratio gives all of the width, and neither more than the image has.
-        w = np.where(none, np.clip((height * self.ratio[1]).round(), 1, width), tries_w[first])
-        h = np.where(none, np.clip((width / self.ratio[0]).round(), 1, height), tries_h[first])
+        whole_w = np.clip((height * self.ratio[1]).round(), 1, width)  # less if it is too wide
+        whole_h = np.clip((width / self.ratio[0]).round(), 1, height)  # less if it is too tall
+        w = np.where(none, whole_w, tries_w[first])
+        h = np.where(none, whole_h, tries_h[first])
         top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
         left = np.where(none, (width - w) // 2, np.floor(u["left"] * (width - w + 1)))
         return np.stack([top, left, h, w], 1).astype(np.int64), u["flip"] < self.flip
@@ -914,9 +916,9 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d). For example, let g be the largest: g - m = d,
-# the sign is +, and what remains is 1/6 + (d + b - r) / 6d, as above. Back, with the distance
-# c(h) = |hue - h| clamped to [1/6, 1/3]:
+# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d), with the sign of 0 counted as +. For example,
+# let g be the largest: g - m = d, the sign is +, and what remains is 1/6 + (d + b - r) / 6d, as
+# above. Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]:
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
 # Green is M up to 1/6 from its own hue, 1/3, then falls to m at 1/3 from it; so does blue from 2/3.
 # Red's own hue is 0 and 1, where it is most distant from 1/2: hence the other signs. Of gray d is
@@ -929,8 +931,8 @@ def _hue(x: Tensor, f: Tensor) -> None:
     high = torch.maximum(red, green).clamp_(min=blue)  # M
     low = torch.minimum(red, green).clamp_(max=blue)  # m
     six_d = (high - low).mul_(6)
-    hue = (green + blue).sub_(red).sub_(low).div_(six_d.clamp(min=1e-12)).add_(1 / 6)  # p
-    hue = hue.copysign_(green - blue).add_(f + 1).frac_()  # turned, in [0, 1)
+    hue = (green + blue).sub_(red).sub_(low).div_(six_d.clamp(min=1e-12)).add_(1 / 6)
+    hue = hue.copysign_(green - blue).add_(f + 1).frac_()  # with its sign, and turned: in [0, 1)
     bottom = low.sub_(six_d, alpha=1 / 6)  # m - d
     top = high.add_(six_d, alpha=1 / 6)  # M + d
     torch.addcmul(bottom, six_d, _distance(hue, 1 / 2), out=red)
@@ -972,7 +974,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     # At least e^-60: products with denormal numbers take twenty times as long.
     taps = (-0.5 * taps**2).clamp_(min=-60).exp_()
     taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]  # both sides, tap 0 once
-    taps = F.pad(taps, (0, 1))  # tap radius + 1, 0, is that of all pixels farther away
+    taps = F.pad(taps, (0, 1))  # tap radius + 1 is 0; it stands for all pixels farther away
     j = torch.arange(reach, device=x.device)
     o = torch.arange(block, device=x.device)[:, None] + radius  # where o lies among these pixels
     tap = (j - o).abs().clamp_(max=radius + 1)
@@ -987,7 +989,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     # then along the width, which is last already: no .mT. As a block's outputs are neighbours,
     # flatten and view join the blocks.
     x = x.flatten(2, 3).unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
-    x = x.flatten(1, 3) @ band.mT  # (n, 3 * blocks * block * blocks, block)
+    x = x.flatten(1, 3) @ band.mT  # (n, 3 * blocks * block * blocks, block): rows of pixels
     return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
 
 
@@ -1003,8 +1005,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # needs them (info_nce and byol_loss need none). The rule for a new loss: if rank r of W returns
 # L_r, then the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins). The backward
-# of `gather` sums over the ranks, and DistributedDataParallel averages over them: so the gradients
-# are those of one process with the whole batch, in both cases. For example,
+# of `gather` sums the gradients of all L_r, and DistributedDataParallel averages over the ranks,
+# that is divides by W: what comes out is the gradient of the mean. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1056,15 +1058,16 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# At this temperature or above e^(1 / temperature) is at most e^40: float32 holds sums up to e^88.
+# The least temperature for float32, which holds sums up to e^88: there e^(1 / temperature) is e^40.
+# Below, all is in float64, and logsumexp subtracts the greatest number of a row.
 FLOAT32_OK = 0.025
 
 
 def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
     """z scaled so that products of its vectors along `dim` are cosines / temperature.
 
-    In float64 for a temperature below FLOAT32_OK, as float32 would leave cosines / temperature too
-    few digits. eps: below its root a norm counts as rounding, and the vector shrinks towards 0.
+    In float64 for a temperature below FLOAT32_OK. eps: below its root a norm counts as rounding,
+    and the vector shrinks towards 0.
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be greater than 0, got {temperature}")
@@ -1195,7 +1198,8 @@ class _PairSums(torch.autograd.Function):
     columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS,
     dL/dx_i = sum_j E_ij (g_i + g_j) x_j, as x_i is in S_i and in every S_j.
 
-    Blocks without a row or column of these pairs are skipped; in backward g is 0 for the others.
+    Blocks without a row or column of these pairs are skipped. In backward g is 0 for the rows of
+    other ranks' pairs, so these blocks add nothing there either.
     """
 
     @staticmethod
@@ -1267,7 +1271,8 @@ class _QueueSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor) -> Tensor:
-        products = 2**18 if q.device.type == "cpu" else 2**25  # at a time: what a cache holds
+        # At a time: on a CPU what its cache holds, on a GPU 128 MiB.
+        products = 2**18 if q.device.type == "cpu" else 2**25
         block = max(1, products // len(q))
         tiny = torch.finfo(q.dtype).tiny  # with an empty queue their log is taken as well
         sums = q.new_full((len(q),), tiny)

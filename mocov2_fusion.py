@@ -33,8 +33,9 @@ last in a row comes the first of the next. The layer learns from the loss, and i
 training.
 
 Conv has weights of its own for each index in the batch. If a query and its key had the same index,
-the layer could mark both with a signature of that index, and the loss would fall without the images
-being compared. Therefore keys are fused in a fresh random order and put back afterwards.
+the layer could mark both with a signature of that index, which hardly any other key has, and the
+loss would fall without the images being compared. Therefore keys are fused in a fresh random order
+and put back afterwards.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -78,17 +79,17 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each. Without a seed: centre crops of the images in their order, for evaluation.
+#   each. As many steps as there are whole batches show all images once, in a new random order.
+#   Without a seed: centre crops of the images in their order, for evaluation.
 # - Images are the same in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - info_nce normalises q and k, and returns the mean loss of this rank's queries. It computes its
-#   gradient in forward.
-# - gather joins the rows of all ranks. (The keys take no gradient. In a loss that gathers with
-#   gradient, the backward of gather sums the gradients of all ranks' losses.)
-# The mean of what the ranks return is the loss of the whole batch, as DistributedDataParallel
-# averages the gradients of the parameters over the ranks.
+#   gradient in forward: the queue may change before backward.
+# - gather joins the rows of all ranks.
+# The loss of the whole batch is the mean of what the ranks return: DistributedDataParallel averages
+# the gradients over the ranks.
 from common import (
     MOCO_V2,
     Augment,
@@ -154,7 +155,7 @@ if CUDA:
     PRECISION = "bf16" if bf16 else "fp16"
 flag("--temperature", type=float, help="of InfoNCE")
 flag("--queue-size", type=int, help="negatives K, a multiple of the batch size")
-flag("--key-momentum", type=float, help="m at the start, 0 to 1; at the end it is at least this")
+flag("--key-momentum", type=float, help="m at the start, 0 to 1; never falls")
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain MoCo v2")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
@@ -193,8 +194,8 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 # `args` holds all settings. Where they come from, in this order:
 # - the command line: flags that are given, and defaults;
 # - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
-# - configure: ranks, images (their number), checksum (of their list), epoch_steps, steps,
-#   warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
+# - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
+#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
 # - fit_method: chance_loss, for the log alone, and what the method needs.
 # `settled` holds the names of those that come from the command line.
 
@@ -254,14 +255,14 @@ class Method(nn.Module):
         self.args = args
         self.backbone = backbone
         self.projector = ops.MLP(backbone.num_features, args.projector)  # Linear, ReLU, Linear
-        self.fusion = FusionLayer(
+        self.fusion = FusionLayer(  # without layers: an empty module
             args.fusion_batch, args.fusion_layers, args.fusion_patch, args.fusion_kernel
         )
         self.key_backbone, self.key_projector, self.key_fusion = (
             copy.deepcopy(part).requires_grad_(False)
             for part in (self.backbone, self.projector, self.fusion)
         )
-        # Parameters, where MoCo has buffers. Buffers DistributedDataParallel would send from rank 0
+        # Parameters, where MoCo has buffers: DistributedDataParallel would send buffers from rank 0
         # to the others in every step, though all ranks compute the same queue.
         self.queues = nn.ParameterList()
         for view in range(2 if args.symmetric else 1):
@@ -279,7 +280,7 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)  # also if x1 and x2 swap roles
+        order = self.random_order(len(x2), "fusion", step, RANK)  # same if x1 and x2 swap
         return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
 
     @torch.no_grad()
@@ -351,12 +352,12 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
-    moved from the identity is logged as fusion_norm, the norm of all Conv: sqrt(B) would be that
-    of a Conv which returns its input, by weights of 1 in the centres of B kernels.
+    moved from the identity is logged as fusion_norm, the norm of all Conv. For scale: a Conv that
+    returns its input, so that the layer doubles an image, has the norm sqrt(B).
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
-        if path.startswith("fusion"):
+        if path.startswith("fusion"):  # not key_fusion, which is not trained
             fusion.append(p)
         elif p.requires_grad and p.ndim > 1:
             weights.append(p)
@@ -381,8 +382,8 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
     # The layer has weights for each index in the batch of a rank. So a run with fusion has to be
-    # continued on as many ranks as it began, which `resume` checks by this setting; without fusion
-    # any number will do.
+    # continued on as many ranks as it began: `resume` compares fusion_batch. Without fusion any
+    # number will do.
     args.fusion_batch = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
@@ -412,7 +413,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     start = resume(run / "checkpoint.pt", args, parts)
     log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
     if args.compile:
-        for part in model.children():  # a momentum copy of the backbone as well
+        for part in model.children():  # backbone, projector and what else Method has
             part.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
@@ -423,7 +424,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # columns: view 1, view 2, fused 1, fused 2 (step 0: the same)
+            with torch.no_grad():  # view 1, view 2; both fused, at step 0 the same as before
                 save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
@@ -432,7 +433,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss / args.accumulate).backward()  # DDP averages each: the same sum
+        scaler.scale(loss / args.accumulate).backward()  # DDP averages over the ranks each time
         done = step + 1
         if done % args.accumulate == 0:
             scaler.step(optimizer)
@@ -531,7 +532,7 @@ def choose_preset(args: Namespace, images: Images) -> dict:
         preset["stem"] = "small" if small else "imagenet"
     while preset["batch_size"] > max(len(images) // 8, 2 * WORLD):  # at least eight steps an epoch
         preset["batch_size"] //= 2
-    preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD
+    preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
     preset["warmup_epochs"] = min(preset["warmup_epochs"], (args.epochs or preset["epochs"]) / 10)
     return preset
 
@@ -567,6 +568,7 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
+    # With --accumulate this may be a few steps less than a pass over the images in `Batches`.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -596,7 +598,7 @@ def join_ranks() -> None:
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
         # init_process_group would take this store by itself. But after a restart by --max-restarts
-        # it still holds the addresses of the dead ranks: hence a prefix, new for each start.
+        # the store still holds the addresses of the dead ranks: hence a prefix, new at each start.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
@@ -613,7 +615,7 @@ def wait_for_ranks() -> None:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """On CPUs ranks have batch norms of their own, so their running averages differ.
+    """Where each rank has batch norms of its own, their running averages differ.
 
     DistributedDataParallel does the same before each forward, but nobody does after the last.
     """
@@ -797,7 +799,10 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What the weights depend on. The images count by their checksum, not by where they lie."""
+    """What a run has to have in common with the checkpoint that it continues.
+
+    The images count by their checksum, not by where they lie.
+    """
     ignored = {"data", "root", "run_dir", "eval", "compile", "workers", "ranks", "tensorboard"}
     ignored |= {"save_every", "log_every", "probe_every", "probe_epochs", "chance_loss"}
     return {key: value for key, value in vars(args).items() if key not in ignored}
@@ -841,8 +846,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Batches are not divided among the ranks (they are not
-    # told of them): a rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Here `Batches` does not get RANK and WORLD, so it makes
+    # whole batches, of which a rank takes every WORLD-th.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -947,9 +952,9 @@ def log_progress(
 
 
 # How a signal ends a run. Before and after training there is nothing to save, and signals do what
-# they do by default. In training a signal has to wait for the end of the step:
+# they do by default. In training a signal has to wait for the next update of the weights:
 # 1. its handler, `note_signal`, only puts its number into STOP;
-# 2. after each step `asked_to_stop` finds out whether any rank has received one;
+# 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
 # 3. then `train` saves, on rank 0, and ends, on all.
 STOP = []
 PARENT = os.getppid()

@@ -77,8 +77,8 @@ SYNC = [
 ]
 PICTURES = [
     "-        if step in (0, args.steps - 1):",
-    "-            with torch.no_grad():  # columns: view 1, view 2, fused 1, fused 2 (step 0: the"
-    " same)",
+    "-            with torch.no_grad():  # view 1, view 2; both fused, at step 0 the same as"
+    " before",
     '-                save_views(run / "views.png", [*views, *model.fuse(*views, step)])',
     "+        if step == 0:  # a row for each image",
     '+            save_views(run / "views.png", views)',
