@@ -23,7 +23,7 @@ reading: under several ranks statistics and gradients of both losses are those o
 
 Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-27; conditions in the README):
 linear probe 47.1 % (sd .4) with DimCL, 46.6 % (sd .4) without, 37.8 % untrained: a gain of .5 whose
-95 % interval, -.2 to 1.1, includes none.
+95 % interval, -.2 to 1.1, includes 0.
 """
 
 import argparse
