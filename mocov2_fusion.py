@@ -35,7 +35,8 @@ training.
 Conv has weights of its own for each index in the batch. If a query and its key had the same index,
 the layer could mark both with a signature of that index, which hardly any other key has, and the
 loss would fall without the images being compared. Therefore keys are fused in a fresh random order
-and put back afterwards.
+and put back afterwards. The order does not hide the batch: what its images have in common may reach
+query and key, and no key in the queue has it. Whether the layer uses that is not measured.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -155,7 +156,7 @@ if CUDA:
     PRECISION = "bf16" if bf16 else "fp16"
 flag("--temperature", type=float, help="of InfoNCE")
 flag("--queue-size", type=int, help="negatives K, a multiple of the batch size")
-flag("--key-momentum", type=float, help="m at the start, 0 to 1; never falls")
+flag("--key-momentum", type=float, help="m at the start, 0 to 1; at the end at least as high")
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain MoCo v2")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
@@ -264,7 +265,7 @@ class Method(nn.Module):
         )
         # Parameters, where MoCo has buffers: DistributedDataParallel would send buffers from rank 0
         # to the others in every step, though all ranks compute the same queue.
-        self.queues = nn.ParameterList()
+        self.queues = nn.ParameterList()  # one for each view that gives queries: see `contrast`
         for view in range(2 if args.symmetric else 1):
             random = generator(args.seed, "queue", view)
             queue = F.normalize(torch.randn(args.queue_size, args.projector[-1], generator=random))
@@ -280,7 +281,7 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)  # same if x1 and x2 swap
+        order = self.random_order(len(x2), "fusion", step, RANK)
         return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
 
     @torch.no_grad()
@@ -313,7 +314,8 @@ class Method(nn.Module):
     def contrast(self, x1: Tensor, x2: Tensor, step: int, queue: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the queries of x1 with the keys of x2, and the queries (B, d).
 
-        Afterwards the queue has the keys in place of its oldest.
+        Afterwards the queue has the keys in place of its oldest. With one queue for both views the
+        queries of x2 would meet the keys of x2, just added: negatives of their own images.
         """
         x1, x2 = self.fuse(x1, x2, step)
         q = self.projector(self.backbone(x1))
@@ -326,7 +328,7 @@ class Method(nn.Module):
         return loss, q
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
+        """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own: as common.py's losses do, cast embeddings to float32 and compute it
         within `torch.autocast(DEVICE.type, enabled=False)`. Its mean over the ranks must be the
@@ -353,7 +355,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
     moved from the identity is logged as fusion_norm, the norm of all Conv. For scale: a Conv that
-    returns its input, so that the layer doubles an image, has the norm sqrt(B).
+    returns its input, by B weights of 1, so that the layer doubles an image, has the norm sqrt(B).
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -433,7 +435,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss / args.accumulate).backward()  # DDP averages over the ranks each time
+        scaler.scale(loss / args.accumulate).backward()  # under DDP no_sync could save traffic
         done = step + 1
         if done % args.accumulate == 0:
             scaler.step(optimizer)
@@ -568,7 +570,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate this may be a few steps less than a pass over the images in `Batches`.
+    # With --accumulate this may be a few steps less than a pass over the images in `Batches`: the
+    # two drift apart, but each pass still shows every image once.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -799,7 +802,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What a run has to have in common with the checkpoint that it continues.
+    """What a run has to have in common with the checkpoint that it continues: all but these.
 
     The images count by their checksum, not by where they lie.
     """

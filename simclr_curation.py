@@ -244,7 +244,7 @@ class Method(nn.Module):
         return rows, {"violations_drawn": shares.mean(), "violations_trained": kept}
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views -> loss, what else to log, embeddings (B, d), whose `std` is logged.
+        """Views -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         Views are (K B, 3, H, W), before curation starts (B, 3, H, W).
 
@@ -320,7 +320,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss / args.accumulate).backward()  # DDP averages over the ranks each time
+        scaler.scale(loss / args.accumulate).backward()  # under DDP no_sync could save traffic
         done = step + 1
         if done % args.accumulate == 0:
             scaler.step(optimizer)
@@ -455,7 +455,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate this may be a few steps less than a pass over the images in `Batches`.
+    # With --accumulate this may be a few steps less than a pass over the images in `Batches`: the
+    # two drift apart, but each pass still shows every image once.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -686,7 +687,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What a run has to have in common with the checkpoint that it continues.
+    """What a run has to have in common with the checkpoint that it continues: all but these.
 
     The images count by their checksum, not by where they lie.
     """

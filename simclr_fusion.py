@@ -256,7 +256,7 @@ class Method(nn.Module):
         return self.fusion(x1), self.fusion(x2[order])[order.argsort()]  # and back
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, what else to log, embeddings (B, d), whose `std` is logged.
+        """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own: as common.py's losses do, cast embeddings to float32 and compute it
         within `torch.autocast(DEVICE.type, enabled=False)`. Its mean over the ranks must be the
@@ -280,7 +280,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
     moved from the identity is logged as fusion_norm, the norm of all Conv. For scale: a Conv that
-    returns its input, so that the layer doubles an image, has the norm sqrt(B).
+    returns its input, by B weights of 1, so that the layer doubles an image, has the norm sqrt(B).
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -350,7 +350,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss / args.accumulate).backward()  # DDP averages over the ranks each time
+        scaler.scale(loss / args.accumulate).backward()  # under DDP no_sync could save traffic
         done = step + 1
         if done % args.accumulate == 0:
             scaler.step(optimizer)
@@ -485,7 +485,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate this may be a few steps less than a pass over the images in `Batches`.
+    # With --accumulate this may be a few steps less than a pass over the images in `Batches`: the
+    # two drift apart, but each pass still shows every image once.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -716,7 +717,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What a run has to have in common with the checkpoint that it continues.
+    """What a run has to have in common with the checkpoint that it continues: all but these.
 
     The images count by their checksum, not by where they lie.
     """
