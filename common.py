@@ -408,7 +408,7 @@ def _read_archive(kind: type, root: str) -> Data:
     return Data(train, train, val)
 
 
-@lru_cache(maxsize=2)  # once an epoch, not at each step: there may be millions
+@lru_cache(maxsize=1)  # made once an epoch, not at each step: there may be millions of images
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
 
@@ -526,8 +526,9 @@ class Batches(torch.utils.data.Dataset):
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(loader)
-            # torch has now installed a handler that raises when a worker dies, in whatever line the
-            # trainer is. With the old one back, the loader itself raises when it next waits.
+            # With workers torch has now installed a handler that raises when one of them dies, in
+            # whatever line the trainer is. With the old one back, the loader itself raises when it
+            # next waits.
             if signal.getsignal(signal.SIGCHLD) is not handler:
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
@@ -535,7 +536,7 @@ class Batches(torch.utils.data.Dataset):
             # A worker's error keeps its type, but its text is the worker's traceback, whose last
             # line has the type's name and what happened. Without workers it has that alone.
             text = str(error).strip() or repr(error)
-            line = text.splitlines()[-1].removeprefix("common.DataError: ")
+            line = text.splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
             if not isinstance(error, DataError):
                 hint = "a data worker killed, or out of memory? (fewer --workers need less)"
                 line = f"loading images failed ({line}): {hint}"
@@ -573,8 +574,8 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # This is image[None], (1, 3, H, W), but with other strides. Decoders give colours innermost
-    # (channels_last), for which interpolate is faster, and image[None] does not show it that.
+    # The pixels of image[None], (1, 3, H, W). Decoders give colours innermost (channels_last), for
+    # which interpolate is faster; but the batch stride of image[None] keeps it from seeing that.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -644,8 +645,9 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
 
 Sides = int | np.ndarray  # in pixels: of all images, or of each (n,)
 
-# What is random about a view: uniform numbers in [0, 1). Each is drawn for all samples before the
-# next one is, so that a number appended at the end leaves the others what they are.
+# What is random about a view: uniform numbers in [0, 1). `Augment.draw` draws each for all samples
+# before the next one, so that a number appended at the end, in _SINGLE, leaves the others as they
+# are.
 #
 # An operation takes place where its number is below its probability: u["flip"] < self.flip. To add
 # one: a field in Augment, off by default; its name at the end of _SINGLE; a line in `apply`, like
@@ -673,7 +675,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; with blur, twice 3.3 sigma[1] or more, as its edges reflect
+    size: int = 224  # pixels a side; with blur, whose edges reflect, more than 3.3 sigma[1] + 1
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -777,8 +779,8 @@ class Augment:
         fits &= (tries_h >= 1) & (tries_h <= height[:, None])
         none = ~fits.any(1)
         first = (np.arange(len(u)), fits.argmax(1))  # indexes (n, 10)
-        whole_w = np.clip((height * self.ratio[1]).round(), 1, width)  # less if it is too wide
-        whole_h = np.clip((width / self.ratio[0]).round(), 1, height)  # less if it is too tall
+        whole_w = np.clip((height * self.ratio[1]).round(), 1, width)  # below width if too wide
+        whole_h = np.clip((width / self.ratio[0]).round(), 1, height)  # below height if too tall
         w = np.where(none, whole_w, tries_w[first])
         h = np.where(none, whole_h, tries_h[first])
         top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
@@ -916,9 +918,11 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d), with the sign of 0 counted as +. For example,
-# let g be the largest: g - m = d, the sign is +, and what remains is 1/6 + (d + b - r) / 6d, as
-# above. Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]:
+# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d), with the sign of 0 counted as +. The bracket
+# is never negative, so copysign does that. For example, let g be the largest: g - m = d, the sign
+# is +, and what remains is 1/6 + (d + b - r) / 6d, as above; let r be, and g >= b: b = m, and what
+# remains is 1/6 + (g - r) / 6d = (g - b) / 6d, as r = b + d. Back, with the distance
+# c(h) = |hue - h| clamped to [1/6, 1/3]:
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
 # Green is M up to 1/6 from its own hue, 1/3, then falls to m at 1/3 from it; so does blue from 2/3.
 # Red's own hue is 0 and 1, where it is most distant from 1/2: hence the other signs. Of gray d is
@@ -989,7 +993,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     # then along the width, which is last already: no .mT. As a block's outputs are neighbours,
     # flatten and view join the blocks.
     x = x.flatten(2, 3).unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
-    x = x.flatten(1, 3) @ band.mT  # (n, 3 * blocks * block * blocks, block): rows of pixels
+    x = x.flatten(1, 3) @ band.mT  # (n, 3 * height * blocks, block), height = blocks * block
     return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
 
 
@@ -1006,7 +1010,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # L_r, then the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins). The backward
 # of `gather` sums the gradients of all L_r, and DistributedDataParallel averages over the ranks,
-# that is divides by W: what comes out is the gradient of the mean. For example,
+# that is divides by W: what comes out is the gradient of the mean. The same holds for what L_r has
+# from this rank's rows directly. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1058,8 +1063,9 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# The least temperature for float32, which holds sums up to e^88: there e^(1 / temperature) is e^40.
-# Below, all is in float64, and logsumexp subtracts the greatest number of a row.
+# The least temperature for float32, which holds numbers up to e^88: with it, e^(1 / temperature) is
+# e^40, and a sum of a million of them e^54. Below, all is in float64, and logsumexp subtracts the
+# greatest number of a row.
 FLOAT32_OK = 0.025
 
 
@@ -1175,6 +1181,7 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]
         column = torch.arange(len(x), device=x.device) % len(pairs[0])
+        # If N = 1, all are -inf, and the loss is 0.
         products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
         log_sums = products.logsumexp(2)  # (2, last - first)
     return _negative_log_softmax(positive, log_sums).sum()

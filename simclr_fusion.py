@@ -70,17 +70,18 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each. As many steps as there are whole batches show all images once, in a new random order.
-#   Without a seed: centre crops of the images in their order, for evaluation.
+#   each. There is a view for each recipe, with a size of its own. The steps of a pass are the whole
+#   batches of a new random order; the remaining images are left out. Without a seed: centre crops
+#   of the images in their order, for evaluation, the last batch smaller.
 # - Images are the same in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
 #   and returns the mean loss of this rank's rows.
-# The loss of the whole batch is the mean of what the ranks return. Its gradient comes out in two
-# steps: the backward of a gather gives a rank's embeddings the gradient of the sum of all ranks'
-# losses, and DistributedDataParallel divides by the number of ranks, as it averages over them.
+# The loss of the whole batch is the mean of what the ranks return, and parameters get the gradient
+# of exactly this mean: the backward of a gather gives a rank's embeddings the gradient of the sum
+# of all ranks' losses, and DistributedDataParallel averages over the ranks, that is divides.
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
@@ -171,7 +172,7 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
 #   accumulate), steps, warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
 # - fit_method: chance_loss, for the log alone, and what the method needs.
-# `settled` holds the names of those that come from the command line.
+# `settled` holds the names of those from the command line, defaults included.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -260,7 +261,7 @@ class Method(nn.Module):
 
         For a loss of your own: as common.py's losses do, cast embeddings to float32 and compute it
         within `torch.autocast(DEVICE.type, enabled=False)`. Its mean over the ranks must be the
-        loss of all images. Change `chance_loss`, in fit_method.
+        loss of all images, whose embeddings common.gather joins. Change `chance_loss` as well.
         """
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
         x = torch.cat(self.fuse(x1, x2, step))
@@ -312,7 +313,7 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
     # continued on as many ranks as it began: `resume` compares fusion_batch. Without fusion any
     # number will do.
     args.fusion_batch = args.batch_size // WORLD if args.fusion_layers > 0 else 0
-    args.chance_loss = math.log(2 * args.batch_size - 1)  # of embeddings that know nothing
+    args.chance_loss = math.log(2 * args.batch_size - 1)  # for the log: that of no information
 
 
 # ------------------------------------------------------------------------------------- training
@@ -341,7 +342,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # view 1, view 2; both fused, at step 0 the same as before
+            with torch.no_grad():  # view 1, view 2, both fused (at step 0 that changes nothing)
                 save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
@@ -366,7 +367,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Is a multiple of --save-every among the steps since the last update?
+        # Is a multiple of --save-every among the last `accumulate` steps?
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # by a signal: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -486,7 +487,7 @@ def configure() -> tuple[Namespace, Data]:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
     # With --accumulate this may be a few steps less than a pass over the images in `Batches`: the
-    # two drift apart, but each pass still shows every image once.
+    # two drift apart, which does no harm.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -610,7 +611,7 @@ class LARS(torch.optim.SGD):
                 if w.grad is None:  # frozen: SGD leaves it out as well
                     continue
                 w_norm, g_norm = w.norm(), w.grad.norm()
-                w.grad.add_(w, alpha=group["decay"])  # what SGD takes for the gradient
+                w.grad.add_(w, alpha=group["decay"])  # now g + wd w, SGD's gradient
                 if group["adapt"]:
                     if self.formula == "lars":
                         r = 0.001 * w_norm / w.grad.norm()
