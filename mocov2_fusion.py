@@ -454,14 +454,12 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             continue
         # Is a multiple of --save-every among the last `accumulate` steps?
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
-        stop = asked_to_stop()  # by a signal: see the end of this file
+        stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
             if RANK == 0:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
-            log("stopped", done, by=signal.Signals(stop).name, next="the same command continues")
-            wait_for_ranks()  # as soon as one ends, torchrun ends the others: rank 0 has to save
-            sys.exit(128 + stop)
+            end_by_signal(stop, done, log)
         if args.probe_every and data.train is not None and done < args.steps:
             if done % (args.probe_every * args.epoch_steps) == 0:
                 paused = time.perf_counter()
@@ -612,10 +610,6 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if WORLD > 1:
         dist.all_reduce(x)
     return x
-
-
-def wait_for_ranks() -> None:
-    sum_over_ranks(torch.tensor(0))  # on the CPU, by gloo
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
@@ -959,7 +953,7 @@ def log_progress(
 # they do by default. In training a signal has to wait for the next update of the weights:
 # 1. its handler, `note_signal`, only puts its number into STOP;
 # 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
-# 3. then `train` saves, on rank 0, and ends, on all.
+# 3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
 STOP = []
 PARENT = os.getppid()
 
@@ -989,6 +983,13 @@ def asked_to_stop() -> int:
     if WORLD > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
+
+
+def end_by_signal(number: int, step: int, log: Log) -> NoReturn:
+    log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
+    # As soon as one rank ends, torchrun ends the others: meet here, until rank 0 has saved.
+    sum_over_ranks(torch.tensor(0))
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
