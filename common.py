@@ -534,7 +534,7 @@ class Batches(torch.utils.data.Dataset):
             yield from batches
         except Exception as error:
             # A worker's error keeps its type, but its text is the worker's traceback, whose last
-            # line has the type's name and what happened. Without workers it has that alone.
+            # line has the type's name and what happened. Without workers it is what happened.
             text = str(error).strip() or repr(error)
             line = text.splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
             if not isinstance(error, DataError):
@@ -575,7 +575,8 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
     # The pixels of image[None], (1, 3, H, W). Decoders give colours innermost (channels_last), for
-    # which interpolate is faster; but the batch stride of image[None] keeps it from seeing that.
+    # which interpolate is faster. It does not see that in image[None], as the stride of a batch
+    # would be 3 there, not 3 H W.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -675,7 +676,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; with blur, whose edges reflect, more than 3.3 sigma[1] + 1
+    size: int = 224  # pixels a side; with blur more than 3.3 sigma[1] + 1: see `_blur`
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -780,7 +781,7 @@ class Augment:
         none = ~fits.any(1)
         first = (np.arange(len(u)), fits.argmax(1))  # indexes (n, 10)
         whole_w = np.clip((height * self.ratio[1]).round(), 1, width)  # below width if too wide
-        whole_h = np.clip((width / self.ratio[0]).round(), 1, height)  # below height if too tall
+        whole_h = np.clip((width / self.ratio[0]).round(), 1, height)  # or below height if too tall
         w = np.where(none, whole_w, tries_w[first])
         h = np.where(none, whole_h, tries_h[first])
         top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
@@ -918,11 +919,13 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d), with the sign of 0 counted as +. The bracket
-# is never negative, so copysign does that. For example, let g be the largest: g - m = d, the sign
-# is +, and what remains is 1/6 + (d + b - r) / 6d, as above; let r be, and g >= b: b = m, and what
-# remains is 1/6 + (g - r) / 6d = (g - b) / 6d, as r = b + d. Back, with the distance
-# c(h) = |hue - h| clamped to [1/6, 1/3]:
+# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d), with the sign of 0 counted as +. To swap g and
+# b changes the sign of either side, so g >= b covers all cases, with the sign +:
+#     g the largest: g - m = d, and the bracket is 1/6 + (d + b - r) / 6d, as above;
+#     r the largest: b = m and r = b + d, so it is 1/6 + (g - r) / 6d = (g - b) / 6d, as above.
+# The bracket is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
+#
+# Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]:
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
 # Green is M up to 1/6 from its own hue, 1/3, then falls to m at 1/3 from it; so does blue from 2/3.
 # Red's own hue is 0 and 1, where it is most distant from 1/2: hence the other signs. Of gray d is
@@ -983,7 +986,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     o = torch.arange(block, device=x.device)[:, None] + radius  # where o lies among these pixels
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
-    end = radius + blocks * block - size  # the last block is filled up
+    end = radius + blocks * block - size  # the last block is filled up; must be less than size
     # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Along the height,
@@ -992,7 +995,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
     # then along the width, which is last already: no .mT. As a block's outputs are neighbours,
     # flatten and view join the blocks.
-    x = x.flatten(2, 3).unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
+    x = x.flatten(2, 3)  # (n, 3, blocks * block, w)
+    x = x.unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
     x = x.flatten(1, 3) @ band.mT  # (n, 3 * height * blocks, block), height = blocks * block
     return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
 
@@ -1010,8 +1014,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # L_r, then the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins). The backward
 # of `gather` sums the gradients of all L_r, and DistributedDataParallel averages over the ranks,
-# that is divides by W: what comes out is the gradient of the mean. The same holds for what L_r has
-# from this rank's rows directly. For example,
+# that is divides by W: what comes out is the gradient of the mean. Rows used without `gather` are
+# in L_r alone: there is nothing to sum. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1145,7 +1149,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> T
         n, width = a.shape
         diagonal = (a * b).mean(0)
         if n < width:
-            # |A'B|^2 = tr(B'A A'B) = tr(AA' BB') = sum of AA' * BB': N x N matrices, not D x D.
+            # |A'B|^2 = tr(B'A A'B) = tr(AA' BB') = sum of AA' * BB': N x N, symmetric.
             gram = (a @ a.T) * (b @ b.T)
             off_diagonal = gram.sum() / n**2 - diagonal.square().sum()
         else:
@@ -1181,7 +1185,7 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]
         column = torch.arange(len(x), device=x.device) % len(pairs[0])
-        # If N = 1, all are -inf, and the loss is 0.
+        # If N = 1, all are -inf: the loss is 0, and masked_fill stops the gradient.
         products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
         log_sums = products.logsumexp(2)  # (2, last - first)
     return _negative_log_softmax(positive, log_sums).sum()
