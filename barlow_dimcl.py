@@ -56,10 +56,10 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each. There is a view for each recipe, with a size of its own. The steps of a pass are the whole
-#   batches of a new random order; the remaining images are left out. Without a seed: centre crops
-#   of the images in their order, for evaluation, the last batch smaller.
-# - Images are the same in memory and on disk: sizes, labels, take(rows), checksum.
+#   each: one for each recipe, with a size of its own. Each pass draws a new random order of images
+#   and cuts it into whole batches; the rest is left out. Without a seed: centre crops of all images
+#   in their order, for evaluation, the last batch smaller.
+# - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
 # - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
 #   say what for.
@@ -171,7 +171,7 @@ MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
 #   accumulate), steps, warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
 # - fit_method: chance_loss, for the log alone, and what the method needs.
-# `settled` holds the names of those from the command line, defaults included.
+# `settled` holds the names of those from the command line, defaults included: these stay.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -406,8 +406,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate this may be a few steps less than a pass over the images in `Batches`: the
-    # two drift apart, which does no harm.
+    # `Batches` begins a new order after images // batch_size steps. With --accumulate an epoch may
+    # be a few steps shorter: the two drift apart, which does no harm.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -437,7 +437,8 @@ def join_ranks() -> None:
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
         # init_process_group would take this store by itself. But after a restart by --max-restarts
-        # the store still holds the addresses of the dead ranks: hence a prefix, new at each start.
+        # the store still holds the addresses of the dead ranks (seen in torch 2.14), which the new
+        # ones would wait for: hence a prefix, new at each start.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
