@@ -199,8 +199,8 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 # - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
 #   accumulate), steps, warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
-# - fit_method: chance_loss, for the log alone, and what the method needs.
-# `settled` holds the names of those from the command line, defaults included: these stay.
+# - fit_method: fusion_batch (the images of a rank); chance_loss, for the log alone.
+# `settled` holds the names of flags that are given or have a default other than None: these stay.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -330,9 +330,10 @@ class Method(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
-        For a loss of your own: as common.py's losses do, cast embeddings to float32 and compute it
-        within `torch.autocast(DEVICE.type, enabled=False)`. Its mean over the ranks must be the
-        loss of all images, whose embeddings common.gather joins. Change `chance_loss` as well.
+        For a loss of your own: return on each rank a number whose mean over the ranks is the loss
+        of all images. `gather` of common.py gives the embeddings of all, with their gradient. As
+        common.py's losses do, cast to float32, and compute the loss within
+        `torch.autocast(DEVICE.type, enabled=False)`. Change `chance_loss` as well.
         """
         if step % self.args.accumulate == 0:  # the first after an update
             self.update_key_encoder(step)
@@ -387,7 +388,7 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
     # The layer has weights for each index in the batch of a rank. So a run with fusion has to be
     # continued on as many ranks as it began: `resume` compares fusion_batch. Without fusion any
-    # number will do.
+    # number will do that divides the batch.
     args.fusion_batch = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
@@ -488,7 +489,7 @@ def main() -> None:
     set_signals(note_signal)
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # a signal after the last step, when training was saved
+    if STOP:  # a signal after the last step, when all was saved: see the end of this file
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -501,8 +502,8 @@ def main() -> None:
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr.
 
-    Code 2 is wrong use: all ranks find it, or rank 0 does. One rank of each machine prints it.
-    Code 1 is a failure, which may meet any rank: whoever finds it prints it.
+    Code 2 is wrong use, found by all ranks or by rank 0 alone: the first rank of a machine prints
+    it, the others wait. Code 1 is a failure, which may meet any rank: whoever finds it prints it.
     """
     if LOCAL_RANK != 0 and code == 2:
         # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
@@ -570,8 +571,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # `Batches` begins a new order after images // batch_size steps. With --accumulate an epoch may
-    # be a few steps shorter: the two drift apart, which does no harm.
+    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which has
+    # images // batch_size: so they do not begin together. That does no harm.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -799,7 +800,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What a run has to have in common with the checkpoint that it continues: all but these.
+    """What a run has to have in common with the checkpoint that it continues.
 
     The images count by their checksum, not by where they lie.
     """

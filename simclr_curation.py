@@ -71,8 +71,8 @@ from torchvision.utils import save_image
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
 #   and returns the mean loss of this rank's rows.
 # The loss of the whole batch is the mean of what the ranks return, and parameters get the gradient
-# of exactly this mean: the backward of a gather gives a rank's embeddings the gradient of the sum
-# of all ranks' losses, and DistributedDataParallel averages over the ranks, that is divides.
+# of this mean: the backward of a gather adds what the other ranks' losses say of a rank's
+# embeddings, and DistributedDataParallel averages over the ranks.
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
@@ -160,7 +160,7 @@ MAY_BE_0 += ["curation_start"]
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
 #   accumulate), steps, warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
 # - fit_method: chance_loss, for the log alone, and what the method needs.
-# `settled` holds the names of those from the command line, defaults included: these stay.
+# `settled` holds the names of flags that are given or have a default other than None: these stay.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -249,9 +249,10 @@ class Method(nn.Module):
 
         Views are (K B, 3, H, W), before curation starts (B, 3, H, W).
 
-        For a loss of your own: as common.py's losses do, cast embeddings to float32 and compute it
-        within `torch.autocast(DEVICE.type, enabled=False)`. Its mean over the ranks must be the
-        loss of all images, whose embeddings common.gather joins. Change `chance_loss` as well.
+        For a loss of your own: return on each rank a number whose mean over the ranks is the loss
+        of all images. `gather` of common.py gives the embeddings of all, with their gradient. As
+        common.py's losses do, cast to float32, and compute the loss within
+        `torch.autocast(DEVICE.type, enabled=False)`. Change `chance_loss` as well.
         """
         to_log = {}
         if step >= self.args.curation_step:
@@ -372,7 +373,7 @@ def main() -> None:
     set_signals(note_signal)
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # a signal after the last step, when training was saved
+    if STOP:  # a signal after the last step, when all was saved: see the end of this file
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -385,8 +386,8 @@ def main() -> None:
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr.
 
-    Code 2 is wrong use: all ranks find it, or rank 0 does. One rank of each machine prints it.
-    Code 1 is a failure, which may meet any rank: whoever finds it prints it.
+    Code 2 is wrong use, found by all ranks or by rank 0 alone: the first rank of a machine prints
+    it, the others wait. Code 1 is a failure, which may meet any rank: whoever finds it prints it.
     """
     if LOCAL_RANK != 0 and code == 2:
         # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
@@ -454,8 +455,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # `Batches` begins a new order after images // batch_size steps. With --accumulate an epoch may
-    # be a few steps shorter: the two drift apart, which does no harm.
+    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which has
+    # images // batch_size: so they do not begin together. That does no harm.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -683,7 +684,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def settings(args: Namespace) -> dict:
-    """What a run has to have in common with the checkpoint that it continues: all but these.
+    """What a run has to have in common with the checkpoint that it continues.
 
     The images count by their checksum, not by where they lie.
     """
