@@ -435,7 +435,7 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 def choose_preset(args: Namespace, images: Images) -> dict:
     """The column of PRESETS for the images, fitted to them and to what is given in `args`."""
     side = max(max(size) for size in images.sizes)
-    if args.data in DATA_SETS:  # shapes, stl10, imagenet100, imagenet
+    if args.data in DATA_SETS and args.data != "cifar":  # that is no name of a data set
         column = args.data
     elif side <= 48:  # cifar10 and cifar100 as well
         column = "cifar"

@@ -209,8 +209,8 @@ def test_readme_commands_parse(monkeypatch):
     [(32, "cifar", 32), (64, "stl10", 64), (128, "stl10", 128), (200, "imagenet100", 224)],
 )
 def test_a_folder_gets_the_preset_of_its_size(script, side, column, view, monkeypatch):
-    """What a user gets who gives nothing but a folder."""
-    monkeypatch.setattr(sys, "argv", ["x", "--data", "pictures"])
+    """What a user gets who gives nothing but a folder, called as a column or not."""
+    monkeypatch.setattr(sys, "argv", ["x", "--data", "cifar"])
     monkeypatch.setattr(script, "load_data", lambda *_: noise(64, side))
     monkeypatch.setattr(script, "parser", copy.deepcopy(script.parser))
     args, _ = script.configure()
@@ -221,7 +221,7 @@ def test_a_folder_gets_the_preset_of_its_size(script, side, column, view, monkey
     assert args.stem == ("small" if side <= 64 else "imagenet")
     assert args.batch_size == 8 and args.steps == 8 * args.epochs  # at least eight steps an epoch
     assert args.precision == ("fp32" if script.DEVICE.type == "cpu" else script.PRECISION)
-    assert args.run_dir == f"runs/{script.__name__}_pictures_0"
+    assert args.run_dir == f"runs/{script.__name__}_cifar_0"
     assert all(recipe.size == view for recipe in script.recipes(args))
 
 
