@@ -66,8 +66,8 @@ from torchvision.utils import save_image
 # - The losses take this rank's rows, gather those of the other ranks with their gradient where they
 #   need them, and return this rank's share of the loss.
 # The loss of the whole batch is the mean of what the ranks return, and parameters get the gradient
-# of this mean: the backward of a gather adds what the other ranks' losses say of a rank's
-# embeddings, and DistributedDataParallel averages over the ranks.
+# of this mean: the backward of a gather sums the gradients of all ranks' losses, and then
+# DistributedDataParallel divides by the number of ranks.
 from common import (
     BYOL_VIEWS,
     Augment,
@@ -143,7 +143,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; for n scaled by n / 256 (adamw: root)")
+flag("--lr", type=float, help="for 256 images an update; times n / 256 for n (adamw: its root)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -175,7 +175,10 @@ MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 
 
 def recipes(args: Namespace) -> list[Augment]:
-    """The augmentation of view 1 and that of view 2."""
+    """The augmentation of view 1 and that of view 2.
+
+    For more views, or of unequal sizes, change as well what takes them: forward and `save_views`.
+    """
     crop = (args.smallest_crop, 1.0)
     return [
         replace(view, size=args.image_size, scale=crop, blur=blur)
@@ -407,8 +410,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which has
-    # images // batch_size: so they do not begin together. That does no harm.
+    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which counts
+    # steps alone: the two drift apart. That does no harm.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)

@@ -172,7 +172,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; for n scaled by n / 256 (adamw: root)")
+flag("--lr", type=float, help="for 256 images an update; times n / 256 for n (adamw: its root)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -204,7 +204,10 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 
 
 def recipes(args: Namespace) -> list[Augment]:
-    """The augmentation of view 1 and that of view 2."""
+    """The augmentation of view 1 and that of view 2.
+
+    For more views, or of unequal sizes, change as well what takes them: forward and `save_views`.
+    """
     # MOCO_V2's other settings: flip with probability .5, jitter (.4, .4, .4, .1) .8, gray .2.
     view = replace(MOCO_V2, size=args.image_size, scale=(args.smallest_crop, 1.0), blur=args.blur)
     return [view, view]
@@ -358,7 +361,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
     moved from the identity is logged as fusion_norm, the norm of all Conv. For scale: if Conv
-    were the identity (B weights of 1, all others 0), its norm would be sqrt(B).
+    returned its input (by B weights of 1, all others 0), its norm would be sqrt(B).
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -429,7 +432,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # view 1, view 2, both fused (at step 0 that changes nothing)
+            with torch.no_grad():  # view 1, view 2, both fused (at step 0 equal, as Conv is 0)
                 save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
@@ -571,8 +574,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which has
-    # images // batch_size: so they do not begin together. That does no harm.
+    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which counts
+    # steps alone: the two drift apart. That does no harm.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)

@@ -27,8 +27,8 @@ and is dropped after training.
 
 Conv has weights of its own for each index in the batch. If both views of an image had the same
 index, the layer could mark both with a signature of that index, and the loss would fall without the
-images being compared. Therefore view 2 is fused in a fresh random order, so that such a signature
-says nothing of the partner, and put back afterwards.
+images being compared. Therefore view 2 is put in a fresh random order, fused, and put back, so that
+a signature says nothing of the partner.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -82,8 +82,8 @@ from torchvision.utils import save_image
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
 #   and returns the mean loss of this rank's rows.
 # The loss of the whole batch is the mean of what the ranks return, and parameters get the gradient
-# of this mean: the backward of a gather adds what the other ranks' losses say of a rank's
-# embeddings, and DistributedDataParallel averages over the ranks.
+# of this mean: the backward of a gather sums the gradients of all ranks' losses, and then
+# DistributedDataParallel divides by the number of ranks.
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
@@ -146,7 +146,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; for n scaled by n / 256 (adamw: root)")
+flag("--lr", type=float, help="for 256 images an update; times n / 256 for n (adamw: its root)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -178,7 +178,10 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 
 
 def recipes(args: Namespace) -> list[Augment]:
-    """The augmentation of view 1 and that of view 2."""
+    """The augmentation of view 1 and that of view 2.
+
+    For more views, or of unequal sizes, change as well what takes them: forward and `save_views`.
+    """
     # The rest is SIMCLR's: flip with probability .5, jitter .8, gray .2; no solarization.
     strength = 0.8 * args.jitter_strength
     view = replace(
@@ -284,7 +287,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
     moved from the identity is logged as fusion_norm, the norm of all Conv. For scale: if Conv
-    were the identity (B weights of 1, all others 0), its norm would be sqrt(B).
+    returned its input (by B weights of 1, all others 0), its norm would be sqrt(B).
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
@@ -345,7 +348,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # view 1, view 2, both fused (at step 0 that changes nothing)
+            with torch.no_grad():  # view 1, view 2, both fused (at step 0 equal, as Conv is 0)
                 save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
@@ -487,8 +490,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which has
-    # images // batch_size: so they do not begin together. That does no harm.
+    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which counts
+    # steps alone: the two drift apart. That does no harm.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
