@@ -293,7 +293,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Is a multiple of --save-every among the last `accumulate` steps?
+        # Is a multiple of --save-every among the last `accumulate` steps? (10 and 4: at 12, 20, 32)
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -341,8 +341,9 @@ def main() -> None:
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr.
 
-    Code 2 is wrong use, found by all ranks or by rank 0 alone: the first rank of a machine prints
-    it, the others wait. Code 1 is a failure, which may meet any rank: whoever finds it prints it.
+    Code 2 is wrong use, found by all ranks, or by rank 0 alone, after which torchrun ends the
+    others: the first rank of a machine prints it. Code 1 is a failure, which may meet any rank:
+    whoever finds it prints it.
     """
     if LOCAL_RANK != 0 and code == 2:
         # As soon as one rank ends, torchrun ends the others: wait until the line is printed.

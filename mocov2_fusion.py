@@ -33,10 +33,11 @@ in both, after the last in a row comes the first of the next row. The layer lear
 and is dropped after training.
 
 Conv has weights of its own for each index in the batch. If a query and its key had the same index,
-the layer could mark both with a signature of that index, which hardly any other key has, and the
-loss would fall without the images being compared. Therefore keys are fused in a fresh random order
-and put back afterwards. A mark of the whole batch would remain possible: query and key would have
-it, and no key in the queue. Whether the layer learns that is not measured.
+the layer could mark both with a signature of that index, which only one in B keys of the queue has,
+and the loss would fall without the images being compared. Therefore keys are put in a fresh random
+order, fused, and put back. One mark remains possible: of the whole batch, as by adding its mean
+image. Query and key would have it, and no key of the queue. Whether that is learned, we have not
+measured.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -89,10 +90,10 @@ from torchvision.utils import save_image
 #   say what for.
 # - info_nce normalises q and k, and returns the mean loss of this rank's queries. It computes its
 #   gradient in forward: the queue may change before backward.
-# - gather joins the rows of all ranks, here of the keys. In a loss of your own it may carry
-#   gradients: its backward sums them over the ranks, which the average below turns into the mean.
-# The loss of the whole batch is the mean of what the ranks return: DistributedDataParallel averages
-# the gradients over the ranks.
+# - gather joins the rows of all ranks, here of the keys, without gradient.
+# The loss of the whole batch is the mean of what the ranks return, and parameters get the gradient
+# of this mean: DistributedDataParallel averages over the ranks. In a loss that gathers rows with
+# gradient, the backward of gather sums the gradients of all ranks' losses before.
 from common import (
     MOCO_V2,
     Augment,
@@ -163,7 +164,7 @@ flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: pl
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
 flag("--fusion-lr", type=float, help="not scaled; default: lr / 1000, for adamw lr / 100")
-flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer cheats")
+flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer can cheat")
 # The flags below are the same in every script.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
@@ -338,12 +339,12 @@ class Method(nn.Module):
         common.py's losses do, cast to float32, and compute the loss within
         `torch.autocast(DEVICE.type, enabled=False)`. Change `chance_loss` as well.
         """
-        if step % self.args.accumulate == 0:  # the first after an update
+        if step % self.args.accumulate == 0:  # the first after an update (at step 0 no change)
             self.update_key_encoder(step)
         loss, q = self.contrast(x1, x2, step, self.queues[0])
         if self.args.symmetric:
-            # With the same queue the queries of x2 would meet the keys of x2, just added to it:
-            # negatives of their own images.
+            # queues[0] has keys of view 2, queues[1] of view 1. With one queue for both the queries
+            # of x2 would meet the keys of x2, just added to it: negatives of their own images.
             loss = (loss + self.contrast(x2, x1, step, self.queues[1])[0]) / 2
         to_log = {}
         if self.args.fusion_layers > 0:
@@ -457,7 +458,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Is a multiple of --save-every among the last `accumulate` steps?
+        # Is a multiple of --save-every among the last `accumulate` steps? (10 and 4: at 12, 20, 32)
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -505,8 +506,9 @@ def main() -> None:
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr.
 
-    Code 2 is wrong use, found by all ranks or by rank 0 alone: the first rank of a machine prints
-    it, the others wait. Code 1 is a failure, which may meet any rank: whoever finds it prints it.
+    Code 2 is wrong use, found by all ranks, or by rank 0 alone, after which torchrun ends the
+    others: the first rank of a machine prints it. Code 1 is a failure, which may meet any rank:
+    whoever finds it prints it.
     """
     if LOCAL_RANK != 0 and code == 2:
         # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
