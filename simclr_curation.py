@@ -490,8 +490,8 @@ def join_ranks() -> None:
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
         # init_process_group would take this store by itself. But after a restart by --max-restarts
-        # the store still holds the addresses of the dead ranks (seen in torch 2.14), which the new
-        # ones would wait for: hence a prefix, new at each start.
+        # the store still holds the addresses of the dead ranks (seen with --standalone), for which
+        # the new ones would wait: hence a prefix, new at each start.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
