@@ -176,7 +176,7 @@ OTHERS += " --master_addr --master_port --max-restarts --signal --durations --up
 def test_readme_tells_of_flags_and_files_that_exist():
     text = (ROOT / "README.md").read_text()
     known = set(OTHERS.split())  # of torchrun, SLURM, pytest, pip
-    for path in ("benchmark.py", "stress.py"):
+    for path in ("benchmark.py", "stress.py", "evidence.py"):
         if (ROOT / "tests" / path).exists():
             known |= set(re.findall(FLAG, (ROOT / "tests" / path).read_text()))
     for name in SCRIPTS:
