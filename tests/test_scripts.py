@@ -1166,3 +1166,21 @@ def test_byol_without_predictor_is_told_to_collapse(monkeypatch, tmp_path, capsy
     with command_line(byol, words.split(), data), process_state():
         byol.main()
     assert "text 'collapse" in capsys.readouterr().out
+
+
+def test_variants_are_what_they_say():
+    """Those of tests/variants.py: new layers begin as the identity; criteria agree on violation."""
+    import variants
+
+    x = torch.randn(6, 3, 8, 8)
+    for layer in (variants.MeanFusion, variants.ReducedFusion):
+        torch.testing.assert_close(layer(6, 2, 4, 3)(x), x)
+    script = importlib.import_module("simclr_curation")
+    z = torch.randn(2, 2, 9, 5)
+    expected = script.violation(*z)
+    for variant, share in ((variants.quantile, {"share": 0.0}), (variants.rank, {})):
+        copied = SimpleNamespace()
+        variant(copied, **share)
+        assert ((copied.violation(*z) > 0) == (expected > 0)).all()
+    variants.quantile(copied, 0.0)
+    torch.testing.assert_close(copied.violation(*z), expected)
