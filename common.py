@@ -418,8 +418,8 @@ def _start_worker(_: int) -> None:
 
     A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
     scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and at SIGTERM
-    sets an alarm, which ends it ten seconds later. When the trainer no longer needs the worker,
-    torch lets it return; if the trainer dies, the worker returns within seconds.
+    sets an alarm, which ends it ten seconds later. If the trainer dies, torch ends the worker
+    within seconds.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -574,9 +574,9 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # The pixels of image[None], (1, 3, H, W). Decoders give colours innermost (channels_last), for
-    # which interpolate is faster. It does not see that in image[None], as the stride of a batch
-    # would be 3 there, not 3 H W.
+    # The same as image[None], (1, 3, H, W), but with the strides of channels_last: decoders give
+    # colours innermost, and interpolate is faster if it sees that. The first stride of image[None]
+    # is 3, where channels_last has 3 H W.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -644,15 +644,16 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
 
 # ---------------------------------------------------------------------------------- augmentation
 
-Sides = int | np.ndarray  # in pixels: of all images, or of each (n,)
+Sides = int | np.ndarray  # in pixels: one number for all images, or one for each, (n,)
 
 # What is random about a view: uniform numbers in [0, 1). `Augment.draw` draws each for all samples
 # before the next one, so that a number appended at the end, in _SINGLE, leaves the others as they
 # are.
 #
 # An operation takes place where its number is below its probability: u["flip"] < self.flip. To add
-# one: a field in Augment, off by default; its name at the end of _SINGLE; a line in `apply`, like
-# _solarize's. A random strength is one more name: follow "sigma" of the blur through the class.
+# one: a field in Augment, off by default; its name at the end of _SINGLE; and a line in `apply`
+# like _solarize's, whose function gets the chosen samples, in [0, 1], and returns new ones. A
+# random strength is one more name: follow "sigma" of the blur through the class.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
 NUMBERS = np.dtype(
     [
@@ -676,7 +677,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; with blur more than 3.3 sigma[1] + 1: see `_blur`
+    size: int = 224  # pixels a side; to be blurred, at least 3.5 sigma[1] + 2
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -780,8 +781,9 @@ class Augment:
         fits &= (tries_h >= 1) & (tries_h <= height[:, None])
         none = ~fits.any(1)
         first = (np.arange(len(u)), fits.argmax(1))  # indexes (n, 10)
-        whole_w = np.clip((height * self.ratio[1]).round(), 1, width)  # below width if too wide
-        whole_h = np.clip((width / self.ratio[0]).round(), 1, height)  # or below height if too tall
+        # All of the width, unless the image is too wide for `ratio`; so with the height.
+        whole_w = np.clip((height * self.ratio[1]).round(), 1, width)
+        whole_h = np.clip((width / self.ratio[0]).round(), 1, height)
         w = np.where(none, whole_w, tries_w[first])
         h = np.where(none, whole_h, tries_h[first])
         top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
@@ -919,8 +921,9 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d), with the sign of 0 counted as +. To swap g and
-# b changes the sign of either side, so g >= b covers all cases, with the sign +:
+# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d), with the sign of 0 counted as +. If g and b
+# are swapped, this formula changes its sign; so does the first case, and the other two become each
+# other's negative. Hence it is enough to look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and the bracket is 1/6 + (d + b - r) / 6d, as above;
 #     r the largest: b = m and r = b + d, so it is 1/6 + (g - r) / 6d = (g - b) / 6d, as above.
 # The bracket is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
@@ -986,8 +989,9 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     o = torch.arange(block, device=x.device)[:, None] + radius  # where o lies among these pixels
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
-    end = radius + blocks * block - size  # the last block is filled up; must be less than size
-    # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together
+    end = radius + blocks * block - size  # the last block is filled up
+    # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together. What is
+    # added is mirrored at the edge, so it must be less than the size: see Augment.size.
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Along the height,
     x = x.unfold(2, reach, block)  # (n, 3, blocks, w, reach): what is unfolded comes last
@@ -1067,17 +1071,17 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# The least temperature for float32, which holds numbers up to e^88: with it, e^(1 / temperature) is
-# e^40, and a sum of a million of them e^54. Below, all is in float64, and logsumexp subtracts the
-# greatest number of a row.
+# Lower temperatures are computed in float64, and by logsumexp, which subtracts the greatest number
+# of a row. At this one e^(1 / temperature) is e^40, and a sum of a million of them e^54, where
+# float32 holds numbers up to e^88.
 FLOAT32_OK = 0.025
 
 
 def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
     """z scaled so that products of its vectors along `dim` are cosines / temperature.
 
-    In float64 for a temperature below FLOAT32_OK. eps: below its root a norm counts as rounding,
-    and the vector shrinks towards 0.
+    In float64 for a temperature below FLOAT32_OK. eps is added to the squared norm: a vector much
+    shorter than its root, which may be rounding alone, comes out near 0.
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be greater than 0, got {temperature}")

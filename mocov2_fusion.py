@@ -27,7 +27,7 @@ The fusion layer reads the batch as a single sample whose channels are the B ima
 where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
 T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, columns fastest; n
 counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
-Thus the images of a batch take part in each other, and with a kernel of 3 x 3 also neighbours in
+Thus the images of a batch are mixed into each other, and with a kernel of 3 x 3 also neighbours in
 an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches;
 in both, after the last in a row comes the first of the next row. The layer learns from the loss,
 and is dropped after training.
@@ -35,9 +35,9 @@ and is dropped after training.
 Conv has weights of its own for each index in the batch. If a query and its key had the same index,
 the layer could mark both with a signature of that index, which only one in B keys of the queue has,
 and the loss would fall without the images being compared. Therefore keys are put in a fresh random
-order, fused, and put back. One mark remains possible: of the whole batch, as by adding its mean
-image. Query and key would have it, and no key of the queue. Whether that is learned, we have not
-measured.
+order, fused, and put back. What the order cannot hide is a mark that all images of a batch share,
+such as its mean image: a query and its key have it, and no key of the queue does. Whether that is
+learned, we have not measured.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -85,15 +85,14 @@ from torchvision.utils import save_image
 #   and cuts it into whole batches; the rest is left out. Without a seed: centre crops of all images
 #   in their order, for evaluation, the last batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
-# - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
-# - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
-#   say what for.
+# - Augment holds the settings of a view, its recipe; names in capitals are published ones. Its
+#   method `restore` undoes the normalisation.
+# - generator(*key) makes a torch.Generator whose numbers are a function of the key alone; a string
+#   in a key says what the numbers are for.
 # - info_nce normalises q and k, and returns the mean loss of this rank's queries. It computes its
 #   gradient in forward: the queue may change before backward.
-# - gather joins the rows of all ranks, here of the keys, without gradient.
-# The loss of the whole batch is the mean of what the ranks return, and parameters get the gradient
-# of this mean: DistributedDataParallel averages over the ranks. In a loss that gathers rows with
-# gradient, the backward of gather sums the gradients of all ranks' losses before.
+# - gather joins the rows of all ranks, and passes gradients on; here it is called for images and
+#   keys, which need none.
 from common import (
     MOCO_V2,
     Augment,
@@ -163,7 +162,7 @@ flag("--key-momentum", type=float, help="m at the start, 0 to 1; at the end at l
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain MoCo v2")
 flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
-flag("--fusion-lr", type=float, help="not scaled; default: lr / 1000, for adamw lr / 100")
+flag("--fusion-lr", type=float, help="taken as it is; default: --lr / 1000, for adamw --lr / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer can cheat")
 # The flags below are the same in every script.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
@@ -173,7 +172,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="for 256 images an update; times n / 256 for n (adamw: its root)")
+flag("--lr", type=float, help="at 256 images an update; at n times n / 256, adamw: sqrt(n / 256)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -207,7 +206,8 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 def recipes(args: Namespace) -> list[Augment]:
     """The augmentation of view 1 and that of view 2.
 
-    For more views, or of unequal sizes, change as well what takes them: forward and `save_views`.
+    For more views, or of unequal sizes, change as well what takes them: `forward` and what it
+    calls, and `save_views` with its call in `train`.
     """
     # MOCO_V2's other settings: flip with probability .5, jitter (.4, .4, .4, .1) .8, gray .2.
     view = replace(MOCO_V2, size=args.image_size, scale=(args.smallest_crop, 1.0), blur=args.blur)
@@ -221,7 +221,7 @@ def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
 
 
 class FusionLayer(nn.Module):
-    """Lets the images of a batch take part in each other: (B, C, H, W) -> (B, C, H, W), B fixed.
+    """Mixes the images of a batch into each other: (B, C, H, W) -> (B, C, H, W), B fixed.
 
     Starts as the identity. Costs k^2 B x 3HW multiply-adds per image and layer.
     """
@@ -335,9 +335,11 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own: return on each rank a number whose mean over the ranks is the loss
-        of all images. `gather` of common.py gives the embeddings of all, with their gradient. As
-        common.py's losses do, cast to float32, and compute the loss within
-        `torch.autocast(DEVICE.type, enabled=False)`. Change `chance_loss` as well.
+        of all images; parameters then get the gradient of this mean. For `gather` of common.py,
+        which gives the embeddings of all ranks, sums in its backward the gradients of all ranks'
+        losses, and DistributedDataParallel divides by the number of ranks. As common.py's losses
+        do, cast to float32, and compute within `torch.autocast(DEVICE.type, enabled=False)`. Change
+        `chance_loss` as well.
         """
         if step % self.args.accumulate == 0:  # the first after an update (at step 0 no change)
             self.update_key_encoder(step)
@@ -357,7 +359,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Three groups: weights; biases and norms; the fusion layer. LARS adapts only weights.
 
     As in MoCo, biases and norms decay too. `train` sets a group's rate to its peak times the
-    schedule, `build_optimizer` uses decay, adapt.
+    schedule, `build_optimizer` uses decay and adapt.
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
@@ -382,7 +384,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 def fit_method(args: Namespace, settled: set[str]) -> None:
     """Fits to the data what is not given on the command line; refuses what cannot be."""
     if "fusion_lr" not in settled:
-        # AdamW moves a weight by about the rate, whatever the gradient: hence another default.
+        # The lr of AdamW, which moves a weight by about that much, is itself far smaller than that
+        # of the others: hence another share. Neither is tuned.
         args.fusion_lr = args.lr / (100 if args.optimizer == "adamw" else 1000)
     if "fusion_patch" not in settled:
         args.fusion_patch = math.gcd(args.fusion_patch, args.image_size)
@@ -406,7 +409,7 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
     if args.queue_size % args.batch_size or args.queue_size > args.images:
         fits = f"a multiple of the batch {args.batch_size}, up to the {args.images} images"
         refuse(f"--queue-size {args.queue_size} must be {fits}")
-    args.chance_loss = math.log(args.queue_size + 1)  # for the log: that of no information
+    args.chance_loss = math.log(args.queue_size + 1)  # for the log: without information
 
 
 # ------------------------------------------------------------------------------------- training
@@ -433,11 +436,11 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         _, views = next(stream)
         waited += time.perf_counter() - asked
         if step in (0, args.steps - 1):
-            with torch.no_grad():  # view 1, view 2, both fused (at step 0 equal, as Conv is 0)
+            with torch.no_grad():  # both views, then both fused (at step 0 the same: Conv is 0)
                 save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # For networks with dropout. A function of the step, as all that is random.
+        # For networks with dropout: a function of the step, as all else that is random.
         torch.manual_seed(args.seed + step * WORLD + RANK)
 
         with autocast(args):
@@ -458,7 +461,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Is a multiple of --save-every among the last `accumulate` steps? (10 and 4: at 12, 20, 32)
+        # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32).
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -493,7 +496,7 @@ def main() -> None:
     set_signals(note_signal)
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # a signal after the last step, when all was saved: see the end of this file
+    if STOP:  # the number of a signal that came after the last step, when all was saved
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -503,28 +506,10 @@ def main() -> None:
 # In the order of a run: settings, ranks, network, optimizer, log, checkpoint, probe, pictures, end.
 
 
-def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr.
-
-    Code 2 is wrong use, found by all ranks, or by rank 0 alone, after which torchrun ends the
-    others: the first rank of a machine prints it. Code 1 is a failure, which may meet any rank:
-    whoever finds it prints it.
-    """
-    if LOCAL_RANK != 0 and code == 2:
-        # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
-        time.sleep(2)
-    else:
-        line = " ".join(f"{Path(__file__).name}: {message}".split())
-        # A file's name may hold characters that control the terminal.
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
 def choose_preset(args: Namespace, images: Images) -> dict:
     """The column of PRESETS for the images, fitted to them and to what is given in `args`."""
     side = max(max(size) for size in images.sizes)
-    if args.data in DATA_SETS and args.data != "cifar":  # that is no name of a data set
+    if args.data in DATA_SETS and args.data != "cifar":  # "cifar" is a column, no data set
         column = args.data
     elif side <= 48:  # cifar10 and cifar100 as well
         column = "cifar"
@@ -567,6 +552,8 @@ def configure() -> tuple[Namespace, Data]:
 
     args.ranks, args.images = WORLD, len(data.pretrain)
     args.checksum = data.pretrain.checksum
+    if args.image_size < 8:
+        refuse(f"--image-size {args.image_size} is too small: give at least 8")
     if args.batch_size % WORLD or not 2 * WORLD <= args.batch_size <= args.images:
         fits = f"a multiple of the {WORLD} ranks from {2 * WORLD} to the {args.images} images"
         refuse(f"--batch-size {args.batch_size} must be {fits} of {args.data}")
@@ -576,8 +563,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which counts
-    # steps alone: the two drift apart. That does no harm.
+    # With --accumulate an epoch may be a few steps shorter than a pass of `Batches` over the
+    # images, so that passes begin within an epoch.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -606,9 +593,9 @@ def join_ranks() -> None:
             store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        # init_process_group would take this store by itself. But after a restart by --max-restarts
-        # the store still holds the addresses of the dead ranks (seen with --standalone), for which
-        # the new ones would wait: hence a prefix, new at each start.
+        # init_process_group would take this store by itself. But after a restart (--max-restarts)
+        # it may still hold the addresses of the dead ranks (seen with --standalone), and the new
+        # ranks would wait for them. So each start has a prefix of its own.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
@@ -712,7 +699,8 @@ class LARS(torch.optim.SGD):
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
     """Groups have `params`, weight `decay`, whether LARS may `adapt` them, and `peak`, for `train`.
 
-    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty.
+    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. A run
+    that is continued takes all but `params` from its checkpoint.
     """
     if args.optimizer in ("lars", "larc"):
         return LARS(groups, args.optimizer)
@@ -957,13 +945,30 @@ def log_progress(
         refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", 1)
 
 
-# How a signal ends a run. Before and after training there is nothing to save, and signals do what
-# they do by default. In training a signal has to wait for the next update of the weights:
-# 1. its handler, `note_signal`, only puts its number into STOP;
-# 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
-# 3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
+# How a run ends. As soon as one rank has ended, torchrun ends the others. So no rank may end before
+# one that has something to print or to save.
+# - Wrong use, code 2, is found by all ranks, or by rank 0 alone. The first rank of a machine prints
+#   the line; the others wait for it.
+# - A failure, code 1, may meet any rank, which prints it.
+# - A signal. Before and after training there is nothing to save, and signals do what they do by
+#   default. In training it has to wait for the next update of the weights:
+#   1. its handler, `note_signal`, only puts its number into STOP;
+#   2. after each update `asked_to_stop` finds out whether any rank has received a signal;
+#   3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
 STOP = []
 PARENT = os.getppid()
+
+
+def refuse(message: str, code: int = 2) -> NoReturn:
+    """Ends with one line on stderr."""
+    if LOCAL_RANK != 0 and code == 2:
+        time.sleep(2)  # until the first rank has printed it
+    else:
+        line = " ".join(f"{Path(__file__).name}: {message}".split())
+        # A file's name may hold characters that control the terminal.
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def end_with_torchrun() -> None:
@@ -995,8 +1000,7 @@ def asked_to_stop() -> int:
 
 def end_by_signal(number: int, step: int, log: Log) -> NoReturn:
     log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
-    # As soon as one rank ends, torchrun ends the others: meet here, until rank 0 has saved.
-    sum_over_ranks(torch.tensor(0))
+    sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
     sys.exit(128 + number)
 
 
@@ -1006,7 +1010,7 @@ if __name__ == "__main__":
     except (DataError, OSError, ImportError) as error:
         refuse(str(error), 1)
     except RuntimeError as error:
-        # Too little memory, of a GPU or the CPU; "Storage size": its bytes are too many to count.
+        # What torch says when memory is too small, or a size in bytes too great for an integer.
         if "allocate" in str(error) or "Storage size" in str(error):
             refuse(f"{error}: lower --batch-size or --image-size", 1)
         if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently

@@ -65,14 +65,12 @@ from torchvision.utils import save_image
 #   and cuts it into whole batches; the rest is left out. Without a seed: centre crops of all images
 #   in their order, for evaluation, the last batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
-# - Augment holds the settings of a view, its recipe. The names in capitals are published ones.
-# - generator(*key) draws random numbers that are a function of the key alone; the strings in a key
-#   say what for.
+# - Augment holds the settings of a view, its recipe; names in capitals are published ones. Its
+#   method `restore` undoes the normalisation.
+# - generator(*key) makes a torch.Generator whose numbers are a function of the key alone; a string
+#   in a key says what the numbers are for.
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
 #   and returns the mean loss of this rank's rows.
-# The loss of the whole batch is the mean of what the ranks return, and parameters get the gradient
-# of this mean: the backward of a gather sums the gradients of all ranks' losses, and then
-# DistributedDataParallel divides by the number of ranks.
 from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
@@ -132,7 +130,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="for 256 images an update; times n / 256 for n (adamw: its root)")
+flag("--lr", type=float, help="at 256 images an update; at n times n / 256, adamw: sqrt(n / 256)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -166,7 +164,8 @@ MAY_BE_0 += ["curation_start"]
 def recipes(args: Namespace) -> list[Augment]:
     """The augmentation of view 1 and that of view 2.
 
-    For more views, or of unequal sizes, change as well what takes them: forward and `save_views`.
+    For more views, or of unequal sizes, change as well what takes them: `forward` and what it
+    calls, and `save_views` with its call in `train`.
     """
     # The rest is SIMCLR's: flip with probability .5, jitter .8, gray .2; no solarization.
     strength = 0.8 * args.jitter_strength
@@ -253,9 +252,11 @@ class Method(nn.Module):
         Views are (K B, 3, H, W), before curation starts (B, 3, H, W).
 
         For a loss of your own: return on each rank a number whose mean over the ranks is the loss
-        of all images. `gather` of common.py gives the embeddings of all, with their gradient. As
-        common.py's losses do, cast to float32, and compute the loss within
-        `torch.autocast(DEVICE.type, enabled=False)`. Change `chance_loss` as well.
+        of all images; parameters then get the gradient of this mean. For `gather` of common.py,
+        which gives the embeddings of all ranks, sums in its backward the gradients of all ranks'
+        losses, and DistributedDataParallel divides by the number of ranks. As common.py's losses
+        do, cast to float32, and compute within `torch.autocast(DEVICE.type, enabled=False)`. Change
+        `chance_loss` as well.
         """
         to_log = {}
         if step >= self.args.curation_step:
@@ -288,7 +289,7 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
     args.curation_step = round(args.curation_start * args.steps)
     if args.curation == "off" or args.curation_candidates == 1:
         args.curation_step = args.steps  # never
-    args.chance_loss = math.log(2 * args.batch_size - 1)  # for the log: that of no information
+    args.chance_loss = math.log(2 * args.batch_size - 1)  # for the log: without information
 
 
 # ------------------------------------------------------------------------------------- training
@@ -320,7 +321,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             save_views(run / "views.png", views)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # For networks with dropout. A function of the step, as all that is random.
+        # For networks with dropout: a function of the step, as all else that is random.
         torch.manual_seed(args.seed + step * WORLD + RANK)
 
         with autocast(args):
@@ -341,7 +342,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Is a multiple of --save-every among the last `accumulate` steps? (10 and 4: at 12, 20, 32)
+        # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32).
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -376,7 +377,7 @@ def main() -> None:
     set_signals(note_signal)
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # a signal after the last step, when all was saved: see the end of this file
+    if STOP:  # the number of a signal that came after the last step, when all was saved
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -386,28 +387,10 @@ def main() -> None:
 # In the order of a run: settings, ranks, network, optimizer, log, checkpoint, probe, pictures, end.
 
 
-def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr.
-
-    Code 2 is wrong use, found by all ranks, or by rank 0 alone, after which torchrun ends the
-    others: the first rank of a machine prints it. Code 1 is a failure, which may meet any rank:
-    whoever finds it prints it.
-    """
-    if LOCAL_RANK != 0 and code == 2:
-        # As soon as one rank ends, torchrun ends the others: wait until the line is printed.
-        time.sleep(2)
-    else:
-        line = " ".join(f"{Path(__file__).name}: {message}".split())
-        # A file's name may hold characters that control the terminal.
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
 def choose_preset(args: Namespace, images: Images) -> dict:
     """The column of PRESETS for the images, fitted to them and to what is given in `args`."""
     side = max(max(size) for size in images.sizes)
-    if args.data in DATA_SETS and args.data != "cifar":  # that is no name of a data set
+    if args.data in DATA_SETS and args.data != "cifar":  # "cifar" is a column, no data set
         column = args.data
     elif side <= 48:  # cifar10 and cifar100 as well
         column = "cifar"
@@ -450,6 +433,8 @@ def configure() -> tuple[Namespace, Data]:
 
     args.ranks, args.images = WORLD, len(data.pretrain)
     args.checksum = data.pretrain.checksum
+    if args.image_size < 8:
+        refuse(f"--image-size {args.image_size} is too small: give at least 8")
     if args.batch_size % WORLD or not 2 * WORLD <= args.batch_size <= args.images:
         fits = f"a multiple of the {WORLD} ranks from {2 * WORLD} to the {args.images} images"
         refuse(f"--batch-size {args.batch_size} must be {fits} of {args.data}")
@@ -459,8 +444,8 @@ def configure() -> tuple[Namespace, Data]:
     if updates == 0:
         drawn = f"{args.accumulate} x batch {args.batch_size}"
         refuse(f"--accumulate {drawn} exceeds the {args.images} images")
-    # With --accumulate an epoch may be a few steps shorter than a pass in `Batches`, which counts
-    # steps alone: the two drift apart. That does no harm.
+    # With --accumulate an epoch may be a few steps shorter than a pass of `Batches` over the
+    # images, so that passes begin within an epoch.
     args.epoch_steps = updates * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -489,9 +474,9 @@ def join_ranks() -> None:
             store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
         except ValueError as error:
             refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        # init_process_group would take this store by itself. But after a restart by --max-restarts
-        # the store still holds the addresses of the dead ranks (seen with --standalone), for which
-        # the new ones would wait: hence a prefix, new at each start.
+        # init_process_group would take this store by itself. But after a restart (--max-restarts)
+        # it may still hold the addresses of the dead ranks (seen with --standalone), and the new
+        # ranks would wait for them. So each start has a prefix of its own.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
@@ -595,7 +580,8 @@ class LARS(torch.optim.SGD):
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
     """Groups have `params`, weight `decay`, whether LARS may `adapt` them, and `peak`, for `train`.
 
-    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty.
+    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. A run
+    that is continued takes all but `params` from its checkpoint.
     """
     if args.optimizer in ("lars", "larc"):
         return LARS(groups, args.optimizer)
@@ -840,13 +826,30 @@ def log_progress(
         refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", 1)
 
 
-# How a signal ends a run. Before and after training there is nothing to save, and signals do what
-# they do by default. In training a signal has to wait for the next update of the weights:
-# 1. its handler, `note_signal`, only puts its number into STOP;
-# 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
-# 3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
+# How a run ends. As soon as one rank has ended, torchrun ends the others. So no rank may end before
+# one that has something to print or to save.
+# - Wrong use, code 2, is found by all ranks, or by rank 0 alone. The first rank of a machine prints
+#   the line; the others wait for it.
+# - A failure, code 1, may meet any rank, which prints it.
+# - A signal. Before and after training there is nothing to save, and signals do what they do by
+#   default. In training it has to wait for the next update of the weights:
+#   1. its handler, `note_signal`, only puts its number into STOP;
+#   2. after each update `asked_to_stop` finds out whether any rank has received a signal;
+#   3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
 STOP = []
 PARENT = os.getppid()
+
+
+def refuse(message: str, code: int = 2) -> NoReturn:
+    """Ends with one line on stderr."""
+    if LOCAL_RANK != 0 and code == 2:
+        time.sleep(2)  # until the first rank has printed it
+    else:
+        line = " ".join(f"{Path(__file__).name}: {message}".split())
+        # A file's name may hold characters that control the terminal.
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def end_with_torchrun() -> None:
@@ -878,8 +881,7 @@ def asked_to_stop() -> int:
 
 def end_by_signal(number: int, step: int, log: Log) -> NoReturn:
     log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
-    # As soon as one rank ends, torchrun ends the others: meet here, until rank 0 has saved.
-    sum_over_ranks(torch.tensor(0))
+    sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
     sys.exit(128 + number)
 
 
@@ -889,7 +891,7 @@ if __name__ == "__main__":
     except (DataError, OSError, ImportError) as error:
         refuse(str(error), 1)
     except RuntimeError as error:
-        # Too little memory, of a GPU or the CPU; "Storage size": its bytes are too many to count.
+        # What torch says when memory is too small, or a size in bytes too great for an integer.
         if "allocate" in str(error) or "Storage size" in str(error):
             refuse(f"{error}: lower --batch-size or --image-size", 1)
         if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently

@@ -150,6 +150,7 @@ WRONG = {  # flags -> what the line must name
     "--workers -1": ("--workers", "-1"),
     "--log-every 0": ("--log-every", "0"),
     "--image-size 0": ("--image-size", "0"),
+    "--image-size 7": ("--image-size 7", "8"),  # the blur of larger images would not fit
     "--warmup-epochs nan": ("--warmup-epochs", "nan"),
     "--optimizer adam": ("--optimizer", "adam", "lars"),
     "--precision fp8": ("--precision", "fp8"),

@@ -77,8 +77,8 @@ SYNC = [
 ]
 PICTURES = [
     "-        if step in (0, args.steps - 1):",
-    "-            with torch.no_grad():  # view 1, view 2, both fused (at step 0 equal, as"
-    " Conv is 0)",
+    "-            with torch.no_grad():  # both views, then both fused (at step 0 the same: Conv"
+    " is 0)",
     '-                save_views(run / "views.png", [*views, *model.fuse(*views, step)])',
     "+        if step == 0:  # a row for each image",
     '+            save_views(run / "views.png", views)',
