@@ -137,7 +137,7 @@ flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.p
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
-flag("--lr", type=float, help="at 256 images an update; at n times n / 256, adamw: sqrt(n / 256)")
+flag("--lr", type=float, help="at 256 images an update; at n: lr * n/256, adamw lr * sqrt(n/256)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
@@ -226,12 +226,13 @@ class Method(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
-        For a loss of your own: return on each rank a number whose mean over the ranks is the loss
-        of all images; parameters then get the gradient of this mean. For `gather` of common.py,
-        which gives the embeddings of all ranks, sums in its backward the gradients of all ranks'
-        losses, and DistributedDataParallel divides by the number of ranks. As common.py's losses
-        do, cast to float32, and compute within `torch.autocast(DEVICE.type, enabled=False)`. Change
-        `chance_loss` as well.
+        For a loss of your own:
+        - return on each rank a number whose mean over the ranks is the loss of all images;
+        - if it compares images of all ranks: gather(z) of common.py makes (WORLD B, d) of (B, d);
+        - cast to float32, and compute within `torch.autocast(DEVICE.type, enabled=False)`;
+        - change `chance_loss` in fit_method as well; it is only logged.
+        Parameters get the gradient of that mean: the backward of gather sums the gradients of all
+        ranks' losses, and DistributedDataParallel divides by the number of ranks.
         """
         if step % self.args.accumulate == 0:  # the first after an update
             self.update_target(step)
@@ -317,7 +318,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32).
+        # At the first update at or after each multiple of --save-every, as updates are `accumulate`
+        # steps apart (10, accumulate 4: at 12, 20, 32).
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -349,10 +351,10 @@ def main() -> None:
         with readable(Path(args.eval)):
             backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
-    set_signals(note_signal)
+    set_signals(note_signal)  # from here a signal waits: see "How a run ends"
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # the number of a signal that came after the last step, when all was saved
+    if STOP:  # the number of a signal that came after the last step; all is saved
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -415,17 +417,16 @@ def configure() -> tuple[Namespace, Data]:
         refuse(f"--batch-size {args.batch_size} must be {fits} of {args.data}")
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
-    updates = args.images // (args.accumulate * args.batch_size)  # in an epoch
-    if updates == 0:
-        drawn = f"{args.accumulate} x batch {args.batch_size}"
-        refuse(f"--accumulate {drawn} exceeds the {args.images} images")
+    update = args.accumulate * args.batch_size  # images
+    if update > args.images:
+        refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
     # With --accumulate an epoch may be a few steps shorter than a pass of `Batches` over the
     # images, so that passes begin within an epoch.
-    args.epoch_steps = updates * args.accumulate
+    args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
-    scale = args.accumulate * args.batch_size / 256
-    args.peak_lr = args.lr * (math.sqrt(scale) if args.optimizer == "adamw" else scale)
+    scale = math.sqrt(update / 256) if args.optimizer == "adamw" else update / 256
+    args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
     folder = Path(args.data).resolve()
@@ -555,8 +556,8 @@ class LARS(torch.optim.SGD):
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
     """Groups have `params`, weight `decay`, whether LARS may `adapt` them, and `peak`, for `train`.
 
-    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. A run
-    that is continued takes all but `params` from its checkpoint.
+    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. The
+    checkpoint of a run has peak, decay and adapt as well: begin anew to change them.
     """
     if args.optimizer in ("lars", "larc"):
         return LARS(groups, args.optimizer)
@@ -787,7 +788,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A value may be missing at first: a method may log it from some step on only.
+        # A value may be missing at first: curation logs its own once it has started.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work

@@ -214,7 +214,7 @@ def _decode_by_pillow(content: bytes) -> Tensor:
 
 
 class Data(NamedTuple):
-    """`pretrain`: images for training; `train`, `val`: labelled ones for the probe, or None."""
+    """`pretrain`: images for training; `train`, `val`: labelled, for the probe, or both None."""
 
     pretrain: Images
     train: Images | None
@@ -263,8 +263,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 # For images kept in another way, add a branch to load_data, beside that of `shapes`,
 #
 #     if name_or_path.endswith(".zip"):
-#         images = InZip(name_or_path, np.array([b"cat/1.jpg", b"cat/2.jpg"]), np.array([0, 0]))
-#         return Data(images, images, None)  # _hold(images) instead takes small ones into memory
+#         images = InZip(name_or_path, np.array([b"cat/1.jpg", b"dog/1.jpg"]))
+#         return Data(images, None, None)  # _hold(images) instead takes small ones into memory
 #
 # and a subclass of OnDisk with a `decode` of its own:
 #
@@ -299,8 +299,8 @@ def _train_and_val(folder: Path) -> Data:
 def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
     """The images of a folder and the names of its classes.
 
-    Labels exist where every image lies directly in a folder within `folder`, of which there are at
-    least two: the classes. Any other arrangement has no labels and no classes.
+    Labels exist if `folder` has at least two folders, its classes, and every image lies directly in
+    one of them. Any other arrangement has no labels and no classes.
     """
     try:
         files = sorted(_find_files(os.fsencode(folder)))
@@ -417,9 +417,9 @@ def _start_worker(_: int) -> None:
     """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
 
     A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
-    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and at SIGTERM
-    sets an alarm, which ends it ten seconds later. If the trainer dies, torch ends the worker
-    within seconds.
+    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and after
+    SIGTERM, by which torch ends workers that hang, it lives for ten seconds more. If the trainer
+    dies, torch ends the worker within seconds.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -527,8 +527,8 @@ class Batches(torch.utils.data.Dataset):
         try:
             batches = iter(loader)
             # With workers torch has now installed a handler that raises when one of them dies, in
-            # whatever line the trainer is. With the old one back, the loader itself raises when it
-            # next waits.
+            # whatever line the trainer is. With the handler of before, the loader raises here, when
+            # it next waits for a batch.
             if signal.getsignal(signal.SIGCHLD) is not handler:
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
@@ -574,9 +574,8 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # The same as image[None], (1, 3, H, W), but with the strides of channels_last: decoders give
-    # colours innermost, and interpolate is faster if it sees that. The first stride of image[None]
-    # is 3, where channels_last has 3 H W.
+    # image[None], (1, 3, H, W), with the strides of channels_last: decoders give colours innermost,
+    # and interpolate is faster if it sees that (image[None] has 3 as its first stride, not 3 H W).
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -653,7 +652,8 @@ Sides = int | np.ndarray  # in pixels: one number for all images, or one for eac
 # An operation takes place where its number is below its probability: u["flip"] < self.flip. To add
 # one: a field in Augment, off by default; its name at the end of _SINGLE; and a line in `apply`
 # like _solarize's, whose function gets the chosen samples, in [0, 1], and returns new ones. A
-# random strength is one more name: follow "sigma" of the blur through the class.
+# random strength is one more name, as "sigma" of the blur is: its range is a field, `_parameters`
+# makes its values of the numbers, and `_change` passes those of the chosen samples.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
 NUMBERS = np.dtype(
     [
@@ -663,8 +663,6 @@ NUMBERS = np.dtype(
         *((name, float) for name in _SINGLE),
     ]
 )
-_ORDERS = np.array(list(permutations(range(4))))  # of those four; the number "order" picks one
-_NOTHING = 4  # in an order: at this turn change nothing
 
 
 @dataclass(frozen=True)
@@ -877,6 +875,12 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size:
     return weight.div_(weight.sum(2, keepdim=True))
 
 
+# The orders of the jitter's operations, which are numbered as in "factors". The number "order"
+# picks one for each sample. A sample without jitter has _NOTHING at each turn, which sorts last.
+_ORDERS = np.array(list(permutations(range(4))))
+_NOTHING = 4
+
+
 def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> tuple:
     """Applies to each sample its operations in their order; x[k] is row rows[k] of the batch.
 
@@ -925,7 +929,7 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # are swapped, this formula changes its sign; so does the first case, and the other two become each
 # other's negative. Hence it is enough to look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and the bracket is 1/6 + (d + b - r) / 6d, as above;
-#     r the largest: b = m and r = b + d, so it is 1/6 + (g - r) / 6d = (g - b) / 6d, as above.
+#     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
 # The bracket is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
 #
 # Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]:
@@ -990,8 +994,9 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size  # the last block is filled up
-    # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together. What is
-    # added is mirrored at the edge, so it must be less than the size: see Augment.size.
+    # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together. As what is
+    # added is mirrored, `end` must be less than size. It is at most 3.3 sigma[1] + 1 + size / 32: a
+    # size of 3.5 sigma[1] + 2 is enough.
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Along the height,
     x = x.unfold(2, reach, block)  # (n, 3, blocks, w, reach): what is unfolded comes last
@@ -1080,8 +1085,8 @@ FLOAT32_OK = 0.025
 def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
     """z scaled so that products of its vectors along `dim` are cosines / temperature.
 
-    In float64 for a temperature below FLOAT32_OK. eps is added to the squared norm: a vector much
-    shorter than its root, which may be rounding alone, comes out near 0.
+    In float64 for a temperature below FLOAT32_OK. eps is added to the squared norm: vectors much
+    shorter than sqrt(eps), perhaps mere rounding errors, come out near 0.
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be greater than 0, got {temperature}")
@@ -1189,14 +1194,17 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]
         column = torch.arange(len(x), device=x.device) % len(pairs[0])
-        # If N = 1, all are -inf: the loss is 0, and masked_fill stops the gradient.
+        # If N = 1, all are -inf: the loss is 0, and masked_fill stops logsumexp's gradient, NaN.
         products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
         log_sums = products.logsumexp(2)  # (2, last - first)
     return _negative_log_softmax(positive, log_sums).sum()
 
 
 def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
-    """-log(e^p / (e^p + S)) = log(1 + S / e^p). Near 0 it keeps its digits, as S is without e^p."""
+    """-log(e^p / (e^p + S)) = log(1 + S / e^p), S the sum over the negatives, without e^p.
+
+    Thus a loss near 0 keeps its digits.
+    """
     return F.softplus(log_sums - positive)
 
 
