@@ -728,9 +728,9 @@ def test_a_step_never_asks_the_device(name, extra, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_mixed_precision(script, precision, device):
     run = built(script, f"--precision {precision}")
-    before = copy.deepcopy(run.model.state_dict())
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16", init_scale=256.0)
-    for number in range(2):
+    for number in (0, 7):  # at 7 batches are curated
+        before = copy.deepcopy(run.model.state_dict())
         loss, *_ = step(script, run, number, scaler)
         assert loss.isfinite() and loss.dtype == torch.float32
     for name, p in run.model.named_parameters():
@@ -824,6 +824,11 @@ def test_violations_by_hand(device):
             nearest = min(distance(z[g, i], other) for z in (z1, z2) for other in others)
             expected = distance(z1[g, i], z2[g, i]) - nearest
             assert margin[g, i].item() == pytest.approx(expected, abs=1e-5)
+
+    single = z1.float(), z2.float()
+    with torch.autocast(device.type, torch.bfloat16):
+        rounded = script.violation(*single)
+    assert torch.equal(rounded, script.violation(*single))
 
 
 @pytest.mark.parametrize("kind", ["batch", "pairs"])
