@@ -233,8 +233,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
     Names: `shapes` (drawn, no files); `cifar10`, `cifar100`, `stl10` (downloaded into `root` by
     rank 0, checksums verified); `imagenet`, `imagenet100` (folders `train/` and `val/` under
     `root/NAME`). Anything else is a path: `train/` and `val/` with class folders; class folders
-    alone, of which a fixed tenth becomes `val`, the others `train` and `pretrain`; or images in any
-    arrangement, without labels. Raises DataError.
+    alone: a fixed tenth of the images becomes `val`, the others `train` and `pretrain`; or images
+    in any arrangement, without labels. Raises DataError.
     """
     names = ", ".join(["shapes", *ARCHIVES, *NAMED_FOLDERS])
     if name_or_path == "":
@@ -274,8 +274,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 #                 return _decode(file.read(os.fsdecode(self.files[index])))
 #
 # decode is called in the trainer, also in threads (by _hold), and in data workers, which are other
-# processes: open a lasting handle at its first use, and again where os.getpid() has changed. For
-# another file format: ENDINGS and _decode.
+# processes: each has to open a lasting handle for itself, which must not be pickled with the
+# object. For another file format: ENDINGS and _decode.
 
 
 def _train_and_val(folder: Path) -> Data:
@@ -450,7 +450,7 @@ class Batches(torch.utils.data.Dataset):
     recipes: Sequence["Augment"]  # one for each view
     batch_size: int  # of all ranks together
     seed: int | None = None
-    rank: int = 0  # this process's, told by the trainer
+    rank: int = 0  # this process's; told by the trainer, as a worker has no process group
     world: int = 1
 
     def rows(self, step: int) -> np.ndarray:
@@ -574,8 +574,9 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # image[None], (1, 3, H, W), with the strides of channels_last: decoders give colours innermost,
-    # and interpolate is faster if it sees that (image[None] has 3 as its first stride, not 3 H W).
+    # image[None], (1, 3, H, W), but with a first stride of 3 H W instead of 3. Decoders give
+    # colours innermost, and only so does interpolate see that this is channels_last, which is
+    # faster.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -663,6 +664,10 @@ NUMBERS = np.dtype(
         *((name, float) for name in _SINGLE),
     ]
 )
+# The orders of the jitter's operations, which are numbered as in "factors". The number "order"
+# picks one for each sample. A sample without jitter has _NOTHING at each turn, which sorts last.
+_ORDERS = np.array(list(permutations(range(4))))
+_NOTHING = 4
 
 
 @dataclass(frozen=True)
@@ -675,7 +680,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; to be blurred, at least 3.5 sigma[1] + 2
+    size: int = 224  # pixels a side; if blur > 0, at least 3.5 sigma[1] + 2
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -875,12 +880,6 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size:
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-# The orders of the jitter's operations, which are numbered as in "factors". The number "order"
-# picks one for each sample. A sample without jitter has _NOTHING at each turn, which sorts last.
-_ORDERS = np.array(list(permutations(range(4))))
-_NOTHING = 4
-
-
 def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> tuple:
     """Applies to each sample its operations in their order; x[k] is row rows[k] of the batch.
 
@@ -925,18 +924,18 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# All are sign(g - b) * (1/6 + (g + b - r - m) / 6d), with the sign of 0 counted as +. If g and b
-# are swapped, this formula changes its sign; so does the first case, and the other two become each
-# other's negative. Hence it is enough to look at g >= b, where the sign is +:
-#     g the largest: g - m = d, and the bracket is 1/6 + (d + b - r) / 6d, as above;
+# All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. If g
+# and b are swapped, this formula changes its sign; so does the first case, and the other two become
+# each other's negative. Hence it is enough to look at g >= b, where the sign is +:
+#     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
 #     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
-# The bracket is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
+# K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
 #
 # Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]:
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
 # Green is M up to 1/6 from its own hue, 1/3, then falls to m at 1/3 from it; so does blue from 2/3.
-# Red's own hue is 0 and 1, where it is most distant from 1/2: hence the other signs. Of gray d is
-# 0, and all three are m.
+# Red is M at 1/3 and more from 1/2, and m up to 1/6 from it: hence the other signs. Of gray d is 0,
+# and all three are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -976,7 +975,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur of x (n, 3, s, s), of 2 radius + 1 taps, with a sigma (n,) for each sample.
 
     As a product with a matrix for the rows, then one for the columns. Output o weights pixel j with
-    tap |j - o|, so the matrix is a band. Not to multiply its zeros: `block` neighbouring outputs
+    tap |j - o|, so the matrix is a band. To skip its zeros: `block` neighbouring outputs
     need only `reach` = block + 2 radius pixels, and one small matrix (block, reach) serves all
     blocks of both directions. At s = 64 and radius 7: two blocks of 32 outputs, from 46 pixels.
     """
@@ -1076,9 +1075,9 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# Lower temperatures are computed in float64, and by logsumexp, which subtracts the greatest number
-# of a row. At this one e^(1 / temperature) is e^40, and a sum of a million of them e^54, where
-# float32 holds numbers up to e^88.
+# Temperatures below this are computed in float64, as rounding errors are divided by them, and by
+# logsumexp, which subtracts the greatest number of a row. At this one e^(1 / temperature) is e^40,
+# and a sum of a million of them e^54; float32 holds numbers up to e^88.
 FLOAT32_OK = 0.025
 
 
@@ -1099,7 +1098,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """NT-Xent of two views z1, z2 (B, D): mean over the 2B rows of -log softmax of the pair.
 
     Similarities are cosines / temperature, a row's own excluded (SimCLR, arXiv 2002.05709, eq. 1).
-    Without information: log(2B - 1), B counted over all ranks. Memory is linear in B, at
+    Without information: log(2N - 1), N the images of all ranks. Memory is linear in N, at
     temperatures below .025 quadratic. Raises ValueError.
     """
     z1, z2 = _checked(z1, z2)
@@ -1194,7 +1193,8 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]
         column = torch.arange(len(x), device=x.device) % len(pairs[0])
-        # If N = 1, all are -inf: the loss is 0, and masked_fill stops logsumexp's gradient, NaN.
+        # If N = 1, all are -inf: the loss is 0. The gradient of logsumexp is NaN then, but that of
+        # masked_fill is 0.
         products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
         log_sums = products.logsumexp(2)  # (2, last - first)
     return _negative_log_softmax(positive, log_sums).sum()

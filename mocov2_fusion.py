@@ -28,16 +28,18 @@ where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, an
 T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, columns fastest; n
 counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
 Thus the images of a batch are mixed into each other, and with a kernel of 3 x 3 also neighbours in
-an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches;
-in both, after the last in a row comes the first of the next row. The layer learns from the loss,
-and is dropped after training.
+an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches,
+or else, at the end of a row, the first of the next row. The layer learns from the loss, and is
+dropped after training.
 
-Conv has weights of its own for each index in the batch. If a query and its key had the same index,
-the layer could mark both with a signature of that index, which only one in B keys of the queue has,
-and the loss would fall without the images being compared. Therefore keys are put in a fresh random
-order, fused, and put back. What the order cannot hide is a mark that all images of a batch share,
-such as its mean image: a query and its key have it, and no key of the queue does. Whether that is
-learned, we have not measured.
+The loss must not fall without the images being compared. Three marks could tell a query its key:
+- The index in the batch, of which Conv has weights of its own: query and key could have a signature
+  of the same index, and only one in B keys of the queue would. Therefore the images of the keys are
+  put in a fresh random order, fused, and put back (`fuse`).
+- The statistics of batch norm in a batch of one rank. Therefore the ranks exchange images before
+  they make keys, as in MoCo (`keys`). On a single rank this mark remains.
+- What all fused images of a batch share, as its mean image: no key of the queue has it. This mark
+  remains as well. Whether it is learned, we have not measured.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -85,8 +87,9 @@ from torchvision.utils import save_image
 #   and cuts it into whole batches; the rest is left out. Without a seed: centre crops of all images
 #   in their order, for evaluation, the last batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
-# - Augment holds the settings of a view, its recipe; names in capitals are published ones. Its
-#   method `restore` undoes the normalisation.
+# - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
+#   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
+#   strengths. Names in capitals are published ones. Its method `restore` undoes the normalisation.
 # - generator(*key) makes a torch.Generator whose numbers are a function of the key alone; a string
 #   in a key says what the numbers are for.
 # - info_nce normalises q and k, and returns the mean loss of this rank's queries. It computes its
@@ -198,7 +201,8 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 # - the command line: flags that are given, and defaults;
 # - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
-#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the batch); at last run_dir;
+#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update); at last
+#   run_dir;
 # - fit_method: fusion_batch (the images of a rank); chance_loss, for the log alone.
 # `settled` holds the names of flags that are given or have a default other than None: these stay.
 
@@ -296,7 +300,7 @@ class Method(nn.Module):
 
         This is MoCo's shuffled batch norm. Batch norm is per rank, and a query could recognise its
         key by the statistics of the batch that they share. So the ranks exchange images at random,
-        and a key is made among other images than its query. On one rank the order has no effect.
+        and a key is made among other images than its query. On one rank that changes nothing.
         """
         everyone = gather(x)
         order = self.random_order(len(everyone), "keys", step)
@@ -337,8 +341,10 @@ class Method(nn.Module):
         For a loss of your own:
         - return on each rank a number whose mean over the ranks is the loss of all images;
         - if it compares images of all ranks: gather(z) of common.py makes (WORLD B, d) of (B, d);
-        - cast to float32, and compute within `torch.autocast(DEVICE.type, enabled=False)`;
+        - as common.py's losses do, cast to float32, and compute within
+          `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well; it is only logged.
+
         Parameters get the gradient of that mean: the backward of gather sums the gradients of all
         ranks' losses, and DistributedDataParallel divides by the number of ranks.
         """
@@ -346,8 +352,8 @@ class Method(nn.Module):
             self.update_key_encoder(step)
         loss, q = self.contrast(x1, x2, step, self.queues[0])
         if self.args.symmetric:
-            # queues[0] has keys of view 2, queues[1] of view 1. With one queue for both the queries
-            # of x2 would meet the keys of x2, just added to it: negatives of their own images.
+            # queues[0] has keys of view 2, queues[1] of view 1. If they were one, the queries of x2
+            # would meet the keys of x2, just added to it, as negatives: keys of their own images.
             loss = (loss + self.contrast(x2, x1, step, self.queues[1])[0]) / 2
         to_log = {}
         if self.args.fusion_layers > 0:
@@ -385,8 +391,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 def fit_method(args: Namespace, settled: set[str]) -> None:
     """Fits to the data what is not given on the command line; refuses what cannot be."""
     if "fusion_lr" not in settled:
-        # AdamW moves a weight by about lr in each step, so its lr is far smaller than that of SGD
-        # or LARS: hence 1/100 of it and not 1/1000. Neither is tuned.
+        # AdamW's lr is small already, as it moves a weight by about lr in each step: hence a
+        # hundredth of it, but a thousandth of that of SGD or LARS. Neither is tuned.
         args.fusion_lr = args.lr / (100 if args.optimizer == "adamw" else 1000)
     if "fusion_patch" not in settled:
         args.fusion_patch = math.gcd(args.fusion_patch, args.image_size)
@@ -462,8 +468,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # At the first update at or after each multiple of --save-every, as updates are `accumulate`
-        # steps apart (10, accumulate 4: at 12, 20, 32).
+        # At the first update at or after each multiple of --save-every: for 10 and --accumulate 4,
+        # that is updates at 4, 8, 12, ..., at 12, 20, 32.
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -565,7 +571,7 @@ def configure() -> tuple[Namespace, Data]:
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
     # With --accumulate an epoch may be a few steps shorter than a pass of `Batches` over the
-    # images, so that passes begin within an epoch.
+    # images. Then a pass may begin in the middle of an epoch, which does no harm.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -586,7 +592,7 @@ def join_ranks() -> None:
     """Under torchrun: meets the other ranks; NCCL for tensors on GPUs, gloo for those on CPUs."""
     if CUDA:
         if DEVICE.index >= torch.cuda.device_count():
-            refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", 1)
+            refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", code=1)
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
@@ -700,8 +706,8 @@ class LARS(torch.optim.SGD):
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
     """Groups have `params`, weight `decay`, whether LARS may `adapt` them, and `peak`, for `train`.
 
-    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. The
-    checkpoint of a run has peak, decay and adapt as well: begin anew to change them.
+    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. After
+    a change to peak, decay or adapt begin a new run: `resume` loads the old values.
     """
     if args.optimizer in ("lars", "larc"):
         return LARS(groups, args.optimizer)
@@ -807,7 +813,7 @@ def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None
     """The state of `parts` (all of Method, optimizer, scaler), the steps done, and `settings`."""
     state = {key: part.state_dict() for key, part in parts.items()}
     if not all(value.isfinite().all() for value in state["model"].values()):
-        refuse(f"weights not finite at step {step}, not saved: lower --lr or use fp32", 1)
+        refuse(f"weights not finite at step {step}, not saved: lower --lr or use fp32", code=1)
     save({**state, "step": step, "settings": settings(args)}, path)
 
 
@@ -932,7 +938,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A value may be missing at first: curation logs its own once it has started.
+        # A value may be missing at first: a method may log it from some step on only.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work
@@ -943,11 +949,11 @@ def log_progress(
     if values["std"] < 0.1:
         log("warning", done, text="collapse: nearly the same embedding for all images")
     if not math.isfinite(values["loss"]):
-        refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", 1)
+        refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", code=1)
 
 
-# How a run ends. As soon as one rank has ended, torchrun ends the others. So no rank may end before
-# one that has something to print or to save.
+# How a run ends. As soon as one rank has ended with a code other than 0, torchrun ends the others.
+# So no rank may do that before one that has something to print or to save.
 # - Wrong use, code 2, is found by all ranks, or by rank 0 alone. The first rank of a machine prints
 #   the line; the others wait for it.
 # - A failure, code 1, may meet any rank, which prints it.
@@ -1009,11 +1015,11 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, OSError, ImportError) as error:
-        refuse(str(error), 1)
+        refuse(str(error), code=1)
     except RuntimeError as error:
         # What torch says when memory is too small, or a size in bytes too great for an integer.
         if "allocate" in str(error) or "Storage size" in str(error):
-            refuse(f"{error}: lower --batch-size or --image-size", 1)
+            refuse(f"{error}: lower --batch-size or --image-size", code=1)
         if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently
             time.sleep(5)
         raise
