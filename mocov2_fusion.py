@@ -952,11 +952,10 @@ def log_progress(
         refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", code=1)
 
 
-# How a run ends. As soon as one rank has ended with a code other than 0, torchrun ends the others.
-# So no rank may do that before one that has something to print or to save.
-# - Wrong use, code 2, is found by all ranks, or by rank 0 alone. The first rank of a machine prints
-#   the line; the others wait for it.
-# - A failure, code 1, may meet any rank, which prints it.
+# How a run ends. As soon as one rank has ended with a code other than 0, torchrun sends the others
+# a signal.
+# - Wrong use (code 2) or a failure (code 1) may be found by one rank or by all. The first rank of a
+#   machine prints its line and ends; any other first waits whether torchrun ends it: `give_way`.
 # - A signal. Before and after training there is nothing to save, and signals do what they do by
 #   default. In training it has to wait for the next update of the weights:
 #   1. its handler, `note_signal`, only puts its number into STOP;
@@ -967,15 +966,22 @@ PARENT = os.getppid()
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr."""
-    if LOCAL_RANK != 0 and code == 2:
-        time.sleep(2)  # until the first rank has printed it
-    else:
-        line = " ".join(f"{Path(__file__).name}: {message}".split())
-        # A file's name may hold characters that control the terminal.
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(line, file=sys.stderr, flush=True)
+    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
+    if LOCAL_RANK > 0:
+        give_way()  # the first rank may have printed the same
+    line = " ".join(f"{Path(__file__).name}: {message}".split())
+    # A file's name may hold characters that control the terminal.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(line, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def give_way() -> None:
+    """Ends silently if another rank has ended: torchrun then sends a signal within seconds."""
+    if STOP:
+        sys.exit(128 + STOP[0])
+    set_signals(signal.SIG_DFL)
+    time.sleep(5)
 
 
 def end_with_torchrun() -> None:
@@ -1020,8 +1026,8 @@ if __name__ == "__main__":
         # What torch says when memory is too small, or a size in bytes too great for an integer.
         if "allocate" in str(error) or "Storage size" in str(error):
             refuse(f"{error}: lower --batch-size or --image-size", code=1)
-        if WORLD > 1:  # if another rank failed first, torchrun ends this one meanwhile, silently
-            time.sleep(5)
+        if WORLD > 1:
+            give_way()  # it may be that a rank is missing, which has ended
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

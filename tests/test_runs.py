@@ -510,6 +510,21 @@ def test_a_killed_rank_is_started_again(mixed, tmp_path):
         assert records(run, "probe")[-1]["step"] == records(run, "args")[0]["steps"]
 
 
+def test_a_failure_on_two_ranks_is_one_line(images, tmp_path):
+    """A loss that both find not finite, and weights that rank 0 does, while rank 1 goes on."""
+
+    def failed(log_every: int):
+        words = [*flags("simclr_fusion", "--lr 1e9 --warmup-epochs 0"), "--log-every", log_every]
+        words += ["--data", images, "--run-dir", tmp_path / str(log_every)]
+        return python(*TORCHRUN, ROOT / "simclr_fusion.py", *words)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done, what in zip(pool.map(failed, [1, 100]), ["the loss is", "weights"], strict=True):
+            assert done.code == 1 and done.err.count("simclr_fusion.py: ") == 1, done.err
+            assert f"simclr_fusion.py: {what} not finite" in done.err
+            assert "RuntimeError" not in done.err
+
+
 def test_a_rank_ends_with_its_torchrun_wherever_it_is(monkeypatch):
     """Also in the start-up and in a probe, where no step asks whether to stop."""
     import simclr_fusion as machine
