@@ -17,9 +17,10 @@ i of Z1 and column i of Z2 are the pair among all 2D columns, NT-Xent at tempera
            + (1 - w) s (sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2),   w = .1, s = .1
 
 Stated by the paper on DimCL: the contrast along the dimension, w and the temperature; s is from
-its code: without it Barlow's gradient is so much larger that DimCL has no effect. DimCL's batch
-norm before the L2 normalisation of a column only centres it: L2 cancels the scale. Our reading:
-under several ranks statistics and gradients of both losses are those of the whole batch.
+its code; with s = 1 Barlow's gradient is so much larger that DimCL has no effect. The paper applies
+batch norm and then L2 normalisation to each column; as L2 cancels the scale, centring is enough.
+Our reading: under several ranks the statistics and gradients of both losses are those of the whole
+batch.
 
 Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-27; conditions in the README):
 linear probe 47.1 % (sd .4) with DimCL, 46.6 % (sd .4) without, 37.8 % untrained: a gain of .5 whose
@@ -56,13 +57,14 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each: one for each recipe, with a size of its own. Each pass draws a new random order of images
-#   and cuts it into whole batches; the rest is left out. Without a seed: centre crops of all images
-#   in their order, for evaluation, the last batch smaller.
+#   each: one for each recipe, with a size of its own. They are functions of the step's number, seed
+#   and batch. Each pass draws a new random order of images and cuts it into whole batches; the rest
+#   is left out. Without a seed: centre crops of all images in their order, for evaluation, the last
+#   batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
-#   strengths. Names in capitals are published ones. Its method `restore` undoes the normalisation.
+#   strengths. BYOL_VIEWS are published ones, a pair. The method `restore` undoes the normalisation.
 # - generator(*key) makes a torch.Generator whose numbers are a function of the key alone; a string
 #   in a key says what the numbers are for.
 # - The losses take this rank's rows, gather those of the other ranks with their gradient where they
@@ -90,14 +92,16 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - Images without a column of their own get `cifar` where their longest side is at most 48 px,
 #   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
-# - What is not given is fitted: the batch is halved until an epoch has eight steps, the warm-up cut
-#   to a tenth of the epochs.
+# - What is not given is fitted: the batch is halved until an epoch has eight updates, the warm-up
+#   cut to a tenth of the epochs.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
-# bias_rate is the rate of biases and norms as a share of that of weights. LARS makes the step of
-# weights independent of the loss's scale, theirs not, so it belongs to a scale. solo-learn scales
-# the loss by .1 and gives all one rate; on ImageNet-100 its gradient is half of the true one, hence
-# .05. On ImageNet .0048 beside .2 went with 1/16 of the true gradient of the unscaled loss, on 16
-# GPUs: .0048 / 16 / .1 = .003, and .003 / .2 = .015.
+# - Without --image-size a view has the longest side of the images, up to 128 px, else 224.
+# barlow_scale is s: .1 in solo-learn, whose gradient on ImageNet-100 is half of the true one: .05.
+# bias_rate: the rate of biases and norms, as a share of that of weights, with lars and larc. These
+# cancel the loss's scale in the step of weights, but not in that of biases and norms: so a
+# bias_rate is right for one barlow_scale only. Published for ImageNet are the rates .2 and .0048,
+# with s = 1 and, on 16 GPUs, 1/16 of the true gradient. With the true gradient and s = .1 biases
+# and norms take the same steps at .0048 / 16 / .1 = .003, which is .015 of .2.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",    "stl10",    "imagenet100", "imagenet")
 PRESETS = {
@@ -168,9 +172,9 @@ MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 # - the command line: flags that are given, and defaults;
 # - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
-#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update); at last
-#   run_dir;
-# - fit_method: chance_loss, for the log alone.
+#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update);
+# - fit_method: chance_loss, for the log alone;
+# - configure, at last: run_dir.
 # `settled` holds the names of flags that are given or have a default other than None: these stay.
 
 
@@ -201,6 +205,7 @@ class Method(nn.Module):
         self.args = args
         self.backbone = backbone
         features, bias = backbone.num_features, args.projector_bias
+        # Norm and ReLU after all layers but the last.
         self.projector = ops.MLP(features, args.projector, nn.BatchNorm1d, bias=bias)
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
@@ -213,8 +218,9 @@ class Method(nn.Module):
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well; it is only logged.
 
-        Parameters get the gradient of that mean: the backward of gather sums the gradients of all
-        ranks' losses, and DistributedDataParallel divides by the number of ranks.
+        Nothing else is needed: the backward of gather sums the gradients of all ranks' losses, and
+        DistributedDataParallel divides by the number of ranks, so parameters get the gradient of
+        that mean.
         """
         # Each view by itself, as published: batch norm sees one view's statistics at a time.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
@@ -245,7 +251,8 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
     if args.dimcl_weight > 1:
         refuse(f"--dimcl-weight {args.dimcl_weight} is greater than 1")
     w, dim = args.dimcl_weight, args.projector[-1]
-    # Of embeddings that know nothing, but for lambda times the noise of the correlations.
+    # The loss of embeddings without information, of which C is 0 (in fact it is noise, which lambda
+    # weighs); only logged.
     args.chance_loss = w * math.log(2 * dim - 1) + (1 - w) * args.barlow_scale * dim
 
 
@@ -256,7 +263,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaced within `backbone` as well
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # within `backbone` too
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -278,7 +285,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             save_views(run / "views.png", views)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # For networks with dropout: a function of the step, as all else that is random.
+        # Dropout, if the network has it, is a function of the step too, as all that is random.
         torch.manual_seed(args.seed + step * WORLD + RANK)
 
         with autocast(args):
@@ -299,8 +306,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # At the first update at or after each multiple of --save-every: for 10 and --accumulate 4,
-        # that is updates at 4, 8, 12, ..., at 12, 20, 32.
+        # With --save-every 10 and --accumulate 4, updates end at 4, 8, 12, ..., and 12, 20, 32, ...
+        # are saved.
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -335,7 +342,7 @@ def main() -> None:
     set_signals(note_signal)  # from here a signal waits: see "How a run ends"
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # the number of a signal that came after the last step; all is saved
+    if STOP:  # the number of a signal that came after the last step: all is saved
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -362,7 +369,8 @@ def choose_preset(args: Namespace, images: Images) -> dict:
     if preset["stem"] is None:
         small = (args.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
-    while preset["batch_size"] > max(len(images) // 8, 2 * WORLD):  # at least eight steps an epoch
+    # At least eight updates an epoch.
+    while preset["batch_size"] > max(len(images) // (8 * args.accumulate), 2 * WORLD):
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
     preset["warmup_epochs"] = min(preset["warmup_epochs"], (args.epochs or preset["epochs"]) / 10)
@@ -410,7 +418,7 @@ def configure() -> tuple[Namespace, Data]:
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
-    folder = Path(args.data).resolve()
+    folder = Path(args.data).resolve()  # of a named data set only its name counts
     if args.run_dir is None:
         args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
@@ -678,8 +686,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Here `Batches` does not get RANK and WORLD, so it makes
-    # whole batches, of which a rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Without RANK and WORLD a batch is not split over the
+    # ranks: each takes every WORLD-th batch.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):

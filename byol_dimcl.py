@@ -18,9 +18,9 @@ others apart (arXiv 2309.11782):
     loss = w NT-Xent(columns of Z1, Z2) + (1 - w) sum over both directions of (2 - 2 cos(p, z'))
 
 with w = .1. Stated by the paper: the contrast along the dimension, its place before the predictor,
-w and the temperature. Its batch norm before the L2 normalisation of a column only centres it: L2
-cancels the scale. Our reading: under several ranks DimCL's means, norms and gradients are those of
-the whole batch, not each rank's own.
+w and the temperature. The paper applies batch norm and then L2 normalisation to each column; as L2
+cancels the scale, centring is enough. Our reading: under several ranks DimCL's means, norms and
+gradients are those of the whole batch, not each rank's own.
 
 Measured (10,000 images of CIFAR-10, 8 epochs, three seeds, 2026-11-27; conditions in the README):
 linear probe 50.0 % (sd 1.0) with DimCL, 43.4 % (sd .8) without, 37.7 % untrained: a gain of 6.6,
@@ -58,13 +58,14 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each: one for each recipe, with a size of its own. Each pass draws a new random order of images
-#   and cuts it into whole batches; the rest is left out. Without a seed: centre crops of all images
-#   in their order, for evaluation, the last batch smaller.
+#   each: one for each recipe, with a size of its own. They are functions of the step's number, seed
+#   and batch. Each pass draws a new random order of images and cuts it into whole batches; the rest
+#   is left out. Without a seed: centre crops of all images in their order, for evaluation, the last
+#   batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
-#   strengths. Names in capitals are published ones. Its method `restore` undoes the normalisation.
+#   strengths. BYOL_VIEWS are published ones, a pair. The method `restore` undoes the normalisation.
 # - generator(*key) makes a torch.Generator whose numbers are a function of the key alone; a string
 #   in a key says what the numbers are for.
 # - The losses take this rank's rows, gather those of the other ranks with their gradient where they
@@ -92,9 +93,10 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - Images without a column of their own get `cifar` where their longest side is at most 48 px,
 #   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
-# - What is not given is fitted: the batch is halved until an epoch has eight steps, the warm-up cut
-#   to a tenth of the epochs.
+# - What is not given is fitted: the batch is halved until an epoch has eight updates, the warm-up
+#   cut to a tenth of the epochs.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
+# - Without --image-size a view has the longest side of the images, up to 128 px, else 224.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -164,9 +166,9 @@ MAY_BE_0 += ["dimcl_weight", "target_momentum"]
 # - the command line: flags that are given, and defaults;
 # - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
-#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update); at last
-#   run_dir;
-# - fit_method: chance_loss, for the log alone.
+#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update);
+# - fit_method: chance_loss, for the log alone;
+# - configure, at last: run_dir.
 # `settled` holds the names of flags that are given or have a default other than None: these stay.
 
 
@@ -211,12 +213,12 @@ class Method(nn.Module):
         self.backbone = backbone
         self.projector = mlp(backbone.num_features, args.projector, args)
         self.predictor = mlp(args.projector[-1], args.predictor, args)
-        self.target = nn.Sequential(backbone, self.projector)
-        self.target = copy.deepcopy(self.target).requires_grad_(False)
+        online = nn.Sequential(backbone, self.projector)
+        self.target = copy.deepcopy(online).requires_grad_(False)
 
     @torch.no_grad()
     def update_target(self, step: int) -> None:
-        """Called in the forward after an update of the weights, as good as right after it.
+        """Called in the first forward after an update of the weights: before, nobody reads it.
 
         As in the paper, the target normalises by the statistics of its own batch. Its running
         averages, which nothing uses, are its own as well: only parameters are averaged.
@@ -235,8 +237,9 @@ class Method(nn.Module):
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well; it is only logged.
 
-        Parameters get the gradient of that mean: the backward of gather sums the gradients of all
-        ranks' losses, and DistributedDataParallel divides by the number of ranks.
+        Nothing else is needed: the backward of gather sums the gradients of all ranks' losses, and
+        DistributedDataParallel divides by the number of ranks, so parameters get the gradient of
+        that mean.
         """
         if step % self.args.accumulate == 0:  # the first after an update
             self.update_target(step)
@@ -269,7 +272,8 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
         if getattr(args, key) > 1:
             refuse(f"--{key.replace('_', '-')} {getattr(args, key)} is greater than 1")
     w, columns = args.dimcl_weight, 2 * args.projector[-1]
-    args.chance_loss = w * math.log(columns - 1) + (1 - w) * 4  # for the log
+    # Without information a cosine is 0, in both directions; only logged.
+    args.chance_loss = w * math.log(columns - 1) + (1 - w) * 2 * 2
 
 
 # ------------------------------------------------------------------------------------- training
@@ -279,7 +283,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaced within `backbone` as well
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # within `backbone` too
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -301,7 +305,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             save_views(run / "views.png", views)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # For networks with dropout: a function of the step, as all else that is random.
+        # Dropout, if the network has it, is a function of the step too, as all that is random.
         torch.manual_seed(args.seed + step * WORLD + RANK)
 
         with autocast(args):
@@ -322,8 +326,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # At the first update at or after each multiple of --save-every: for 10 and --accumulate 4,
-        # that is updates at 4, 8, 12, ..., at 12, 20, 32.
+        # With --save-every 10 and --accumulate 4, updates end at 4, 8, 12, ..., and 12, 20, 32, ...
+        # are saved.
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -358,7 +362,7 @@ def main() -> None:
     set_signals(note_signal)  # from here a signal waits: see "How a run ends"
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # the number of a signal that came after the last step; all is saved
+    if STOP:  # the number of a signal that came after the last step: all is saved
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -385,7 +389,8 @@ def choose_preset(args: Namespace, images: Images) -> dict:
     if preset["stem"] is None:
         small = (args.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
-    while preset["batch_size"] > max(len(images) // 8, 2 * WORLD):  # at least eight steps an epoch
+    # At least eight updates an epoch.
+    while preset["batch_size"] > max(len(images) // (8 * args.accumulate), 2 * WORLD):
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
     preset["warmup_epochs"] = min(preset["warmup_epochs"], (args.epochs or preset["epochs"]) / 10)
@@ -433,7 +438,7 @@ def configure() -> tuple[Namespace, Data]:
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
-    folder = Path(args.data).resolve()
+    folder = Path(args.data).resolve()  # of a named data set only its name counts
     if args.run_dir is None:
         args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
@@ -701,8 +706,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Here `Batches` does not get RANK and WORLD, so it makes
-    # whole batches, of which a rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Without RANK and WORLD a batch is not split over the
+    # ranks: each takes every WORLD-th batch.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):

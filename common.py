@@ -232,9 +232,9 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 
     Names: `shapes` (drawn, no files); `cifar10`, `cifar100`, `stl10` (downloaded into `root` by
     rank 0, checksums verified); `imagenet`, `imagenet100` (folders `train/` and `val/` under
-    `root/NAME`). Anything else is a path: `train/` and `val/` with class folders; class folders
-    alone: a fixed tenth of the images becomes `val`, the others `train` and `pretrain`; or images
-    in any arrangement, without labels. Raises DataError.
+    `root/NAME`). Anything else is a path of a folder: with `train/` and `val/`, which hold class
+    folders; or with class folders, of which a fixed tenth of the images becomes `val`, the others
+    `train` and `pretrain`; or with images in any arrangement, without labels. Raises DataError.
     """
     names = ", ".join(["shapes", *ARCHIVES, *NAMED_FOLDERS])
     if name_or_path == "":
@@ -575,8 +575,7 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
     # image[None], (1, 3, H, W), but with a first stride of 3 H W instead of 3. Decoders give
-    # colours innermost, and only so does interpolate see that this is channels_last, which is
-    # faster.
+    # colours innermost, and by its strides interpolate knows channels_last, on which it is faster.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -651,10 +650,17 @@ Sides = int | np.ndarray  # in pixels: one number for all images, or one for eac
 # are.
 #
 # An operation takes place where its number is below its probability: u["flip"] < self.flip. To add
-# one: a field in Augment, off by default; its name at the end of _SINGLE; and a line in `apply`
-# like _solarize's, whose function gets the chosen samples, in [0, 1], and returns new ones. A
-# random strength is one more name, as "sigma" of the blur is: its range is a field, `_parameters`
-# makes its values of the numbers, and `_change` passes those of the chosen samples.
+# one, here with a random strength: fields in Augment, mine: float = 0.0 and weakest, strongest; at
+# the end of _SINGLE "mine" and "strength"; and in `apply`, before its loop and in it, beside the
+# others,
+#
+#     strength = self.weakest + u["strength"] * (self.strongest - self.weakest)
+#     strength = _to(np.float32(strength), device)
+#
+#     x = _change(_mine, u["mine"][rows] < self.mine, x, _select(strength, rows))
+#
+# where _mine(x, strength) gets the chosen samples, x (n, 3, h, w) in [0, 1] and strength (n,), and
+# returns new ones.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
 NUMBERS = np.dtype(
     [
@@ -680,7 +686,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; if blur > 0, at least 3.5 sigma[1] + 2
+    size: int = 224  # pixels a side; if blur > 0, at least 3.5 sigma[1] + 2, or _blur raises
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -924,9 +930,9 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. If g
-# and b are swapped, this formula changes its sign; so does the first case, and the other two become
-# each other's negative. Hence it is enough to look at g >= b, where the sign is +:
+# All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. To
+# swap g and b negates this formula. It also negates case r, turns case g into minus case b, and b
+# into minus g. Hence it is enough to look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
 #     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
 # K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
@@ -1020,10 +1026,11 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # Under several ranks each loss is given this rank's rows and gathers the others' where its formula
 # needs them (info_nce and byol_loss need none). The rule for a new loss: if rank r of W returns
 # L_r, then the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
-# over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins). The backward
-# of `gather` sums the gradients of all L_r, and DistributedDataParallel averages over the ranks,
-# that is divides by W: what comes out is the gradient of the mean. Rows used without `gather` are
-# in L_r alone: there is nothing to sum. For example,
+# over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins), or W times
+# this rank's share of it (dimcl). The backward of `gather` sums the gradients of all L_r, and
+# DistributedDataParallel averages over the ranks, that is divides by W: what comes out is the
+# gradient of the mean. Rows used without `gather` have a gradient of L_r alone, and that is right.
+# For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1075,9 +1082,9 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# Temperatures below this are computed in float64, as rounding errors are divided by them, and by
-# logsumexp, which subtracts the greatest number of a row. At this one e^(1 / temperature) is e^40,
-# and a sum of a million of them e^54; float32 holds numbers up to e^88.
+# Below this temperature losses are computed in float64, because rounding errors are divided by the
+# temperature, and with logsumexp, which subtracts the greatest number of a row. At .025 the number
+# e^(1 / temperature) is e^40, and a sum of a million of them e^54; float32 holds up to e^88.
 FLOAT32_OK = 0.025
 
 
@@ -1185,7 +1192,7 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
-    """Summed loss of the pairs first ... last - 1, both their rows; rows i, i + N of x pair."""
+    """Summed loss of the pairs first ... last - 1. Pair i is the rows i and i + N of x (2N, d)."""
     pairs = x.unflatten(0, (2, -1))  # (2, N, d)
     positive = (pairs[0] * pairs[1]).sum(1)[first:last]
     if temperature >= FLOAT32_OK:
@@ -1231,7 +1238,7 @@ class _PairSums(torch.autograd.Function):
         ctx.pairs = slice(first, last)
         ctx.kept = {}
         ctx.visits = _visits(len(x), ctx.size, first, last)
-        tiny = torch.finfo(x.dtype).tiny  # not 0, the sums of N = 1: their log is taken
+        tiny = torch.finfo(x.dtype).tiny  # not 0: of N = 1 the sums are empty, and have a log
         sums = x.new_full((len(x),), tiny)
         parts = sums.split(ctx.size)
         with torch.autocast(x.device.type, enabled=False):

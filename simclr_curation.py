@@ -14,12 +14,13 @@ alike: such pairs contradict the objective. Curation draws K B candidate pairs a
 current network in eval mode, finds for pair i
 
     d+ = 1 - cos of its two views
-    d- = the smallest 1 - cos between either view and any other image's views
+    d- = the smallest 1 - cos between either view and the views of any other candidate image
 
-A pair with d+ > d- violates the objective. --curation batch: of K candidate batches, train on the
-one with the smallest share of violations. --curation pairs: of all K B pairs, train on the B with
-the smallest d+ - d-. It starts after --curation-start of the training, when distances mean
-something. Under several ranks each curates its own share.
+A pair with d+ > d- violates the objective. --curation batch: the candidates are K batches, each
+compared within itself; train on the one with the smallest share of violations. --curation pairs:
+all K B pairs are compared; train on the B with the smallest d+ - d-. It starts after
+--curation-start of the training, when distances mean something. Under several ranks each curates
+its own share.
 
 Stated by the paper (arXiv 2108.08643, abstract): batches that are more in line with the contrastive
 objective are selected during training. Criterion, granularity and start are our reading.
@@ -61,13 +62,14 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each: one for each recipe, with a size of its own. Each pass draws a new random order of images
-#   and cuts it into whole batches; the rest is left out. Without a seed: centre crops of all images
-#   in their order, for evaluation, the last batch smaller.
+#   each: one for each recipe, with a size of its own. They are functions of the step's number, seed
+#   and batch. Each pass draws a new random order of images and cuts it into whole batches; the rest
+#   is left out. Without a seed: centre crops of all images in their order, for evaluation, the last
+#   batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
-#   strengths. Names in capitals are published ones. Its method `restore` undoes the normalisation.
+#   strengths. SIMCLR has published settings. The method `restore` undoes the normalisation.
 # - generator(*key) makes a torch.Generator whose numbers are a function of the key alone; a string
 #   in a key says what the numbers are for.
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
@@ -84,9 +86,10 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - Images without a column of their own get `cifar` where their longest side is at most 48 px,
 #   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
-# - What is not given is fitted: the batch is halved until an epoch has eight steps, the warm-up cut
-#   to a tenth of the epochs.
+# - What is not given is fitted: the batch is halved until an epoch has eight updates, the warm-up
+#   cut to a tenth of the epochs.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
+# - Without --image-size a view has the longest side of the images, up to 128 px, else 224.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -157,9 +160,9 @@ MAY_BE_0 += ["curation_start"]
 # - the command line: flags that are given, and defaults;
 # - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
-#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update); at last
-#   run_dir;
-# - fit_method: curation_candidates, curation_step; chance_loss, for the log alone.
+#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update);
+# - fit_method: curation_candidates, curation_step; chance_loss, for the log alone;
+# - configure, at last: run_dir.
 # `settled` holds the names of flags that are given or have a default other than None: these stay.
 
 
@@ -196,8 +199,8 @@ def build_projector(features: int, args: Namespace) -> nn.Module:
 def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
     """For each step the indices of this rank's images, and two views of each.
 
-    Before curation starts these are B images of a rank, then K B candidates: an epoch, which counts
-    the images trained on, then draws K times as many.
+    Before curation starts a step draws batch_size images of all ranks, then K times as many. Epochs
+    count the images trained on: after the start one epoch draws each image K times.
     """
     first = args.curation_step
     parts = [
@@ -266,8 +269,9 @@ class Method(nn.Module):
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well; it is only logged.
 
-        Parameters get the gradient of that mean: the backward of gather sums the gradients of all
-        ranks' losses, and DistributedDataParallel divides by the number of ranks.
+        Nothing else is needed: the backward of gather sums the gradients of all ranks' losses, and
+        DistributedDataParallel divides by the number of ranks, so parameters get the gradient of
+        that mean.
         """
         to_log = {}
         if step >= self.args.curation_step:
@@ -310,7 +314,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaced within `backbone` as well
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # within `backbone` too
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -332,7 +336,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             save_views(run / "views.png", views)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # For networks with dropout: a function of the step, as all else that is random.
+        # Dropout, if the network has it, is a function of the step too, as all that is random.
         torch.manual_seed(args.seed + step * WORLD + RANK)
 
         with autocast(args):
@@ -353,8 +357,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # At the first update at or after each multiple of --save-every: for 10 and --accumulate 4,
-        # that is updates at 4, 8, 12, ..., at 12, 20, 32.
+        # With --save-every 10 and --accumulate 4, updates end at 4, 8, 12, ..., and 12, 20, 32, ...
+        # are saved.
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -389,7 +393,7 @@ def main() -> None:
     set_signals(note_signal)  # from here a signal waits: see "How a run ends"
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # the number of a signal that came after the last step; all is saved
+    if STOP:  # the number of a signal that came after the last step: all is saved
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -416,7 +420,8 @@ def choose_preset(args: Namespace, images: Images) -> dict:
     if preset["stem"] is None:
         small = (args.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
-    while preset["batch_size"] > max(len(images) // 8, 2 * WORLD):  # at least eight steps an epoch
+    # At least eight updates an epoch.
+    while preset["batch_size"] > max(len(images) // (8 * args.accumulate), 2 * WORLD):
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
     preset["warmup_epochs"] = min(preset["warmup_epochs"], (args.epochs or preset["epochs"]) / 10)
@@ -464,7 +469,7 @@ def configure() -> tuple[Namespace, Data]:
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
-    folder = Path(args.data).resolve()
+    folder = Path(args.data).resolve()  # of a named data set only its name counts
     if args.run_dir is None:
         args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
@@ -732,8 +737,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Here `Batches` does not get RANK and WORLD, so it makes
-    # whole batches, of which a rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Without RANK and WORLD a batch is not split over the
+    # ranks: each takes every WORLD-th batch.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):

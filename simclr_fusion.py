@@ -21,9 +21,9 @@ where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, an
 T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, columns fastest; n
 counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
 Thus the images of a batch are mixed into each other, and with a kernel of 3 x 3 also neighbours in
-an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches,
-or else, at the end of a row, the first of the next row. The layer learns from the loss, and is
-dropped after training.
+an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches.
+At the end of a row both go on with the next row, d after the last row with the next colour. The
+layer learns from the loss, and is dropped after training.
 
 Conv has weights of its own for each index in the batch. If both views of an image had the same
 index, the layer could mark both with a signature of that index, and the loss would fall without the
@@ -72,13 +72,14 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
 #   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each: one for each recipe, with a size of its own. Each pass draws a new random order of images
-#   and cuts it into whole batches; the rest is left out. Without a seed: centre crops of all images
-#   in their order, for evaluation, the last batch smaller.
+#   each: one for each recipe, with a size of its own. They are functions of the step's number, seed
+#   and batch. Each pass draws a new random order of images and cuts it into whole batches; the rest
+#   is left out. Without a seed: centre crops of all images in their order, for evaluation, the last
+#   batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
-#   strengths. Names in capitals are published ones. Its method `restore` undoes the normalisation.
+#   strengths. SIMCLR has published settings. The method `restore` undoes the normalisation.
 # - generator(*key) makes a torch.Generator whose numbers are a function of the key alone; a string
 #   in a key says what the numbers are for.
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
@@ -95,9 +96,10 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - Images without a column of their own get `cifar` where their longest side is at most 48 px,
 #   `stl10` up to 128 px, else `imagenet100`.
 # - A flag that is given wins over its row.
-# - What is not given is fitted: the batch is halved until an epoch has eight steps, the warm-up cut
-#   to a tenth of the epochs, fusion_patch to a divisor of the image size.
+# - What is not given is fitted: the batch is halved until an epoch has eight updates, the warm-up
+#   cut to a tenth of the epochs, fusion_patch to a divisor of the image size.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
+# - Without --image-size a view has the longest side of the images, up to 128 px, else 224.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -171,9 +173,9 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 # - the command line: flags that are given, and defaults;
 # - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
-#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update); at last
-#   run_dir;
-# - fit_method: fusion_batch (the images of a rank); chance_loss, for the log alone.
+#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update);
+# - fit_method: fusion_batch (the images of a rank); chance_loss, for the log alone;
+# - configure, at last: run_dir.
 # `settled` holds the names of flags that are given or have a default other than None: these stay.
 
 
@@ -216,7 +218,7 @@ def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
 class FusionLayer(nn.Module):
     """Mixes the images of a batch into each other: (B, C, H, W) -> (B, C, H, W), B fixed.
 
-    Starts as the identity. Costs k^2 B x 3HW multiply-adds per image and layer.
+    Starts as the identity. Each of the 3HW numbers of an image costs k^2 B multiply-adds a layer.
     """
 
     def __init__(self, batch: int, layers: int = 1, patch: int = 4, kernel: int = 3):
@@ -272,8 +274,9 @@ class Method(nn.Module):
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well; it is only logged.
 
-        Parameters get the gradient of that mean: the backward of gather sums the gradients of all
-        ranks' losses, and DistributedDataParallel divides by the number of ranks.
+        Nothing else is needed: the backward of gather sums the gradients of all ranks' losses, and
+        DistributedDataParallel divides by the number of ranks, so parameters get the gradient of
+        that mean.
         """
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
         x = torch.cat(self.fuse(x1, x2, step))
@@ -298,7 +301,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
-        if path.startswith("fusion"):
+        if path.startswith("fusion."):
             fusion.append(p)
         elif p.ndim > 1:
             weights.append(p)
@@ -337,7 +340,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # replaced within `backbone` as well
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # within `backbone` too
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -360,7 +363,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
                 save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # For networks with dropout: a function of the step, as all else that is random.
+        # Dropout, if the network has it, is a function of the step too, as all that is random.
         torch.manual_seed(args.seed + step * WORLD + RANK)
 
         with autocast(args):
@@ -381,8 +384,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # At the first update at or after each multiple of --save-every: for 10 and --accumulate 4,
-        # that is updates at 4, 8, 12, ..., at 12, 20, 32.
+        # With --save-every 10 and --accumulate 4, updates end at 4, 8, 12, ..., and 12, 20, 32, ...
+        # are saved.
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -417,7 +420,7 @@ def main() -> None:
     set_signals(note_signal)  # from here a signal waits: see "How a run ends"
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
-    if STOP:  # the number of a signal that came after the last step; all is saved
+    if STOP:  # the number of a signal that came after the last step: all is saved
         sys.exit(128 + STOP[0])
     return evaluate(backbone, data, args, log, args.steps)
 
@@ -444,7 +447,8 @@ def choose_preset(args: Namespace, images: Images) -> dict:
     if preset["stem"] is None:
         small = (args.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
-    while preset["batch_size"] > max(len(images) // 8, 2 * WORLD):  # at least eight steps an epoch
+    # At least eight updates an epoch.
+    while preset["batch_size"] > max(len(images) // (8 * args.accumulate), 2 * WORLD):
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
     preset["warmup_epochs"] = min(preset["warmup_epochs"], (args.epochs or preset["epochs"]) / 10)
@@ -492,7 +496,7 @@ def configure() -> tuple[Namespace, Data]:
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
-    folder = Path(args.data).resolve()
+    folder = Path(args.data).resolve()  # of a named data set only its name counts
     if args.run_dir is None:
         args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
@@ -760,8 +764,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Here `Batches` does not get RANK and WORLD, so it makes
-    # whole batches, of which a rank takes every WORLD-th.
+    # Without a seed: centre crops in order. Without RANK and WORLD a batch is not split over the
+    # ranks: each takes every WORLD-th batch.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):

@@ -4,8 +4,12 @@
 all parameters: what goes from a to b becomes a + v (b - a).
 """
 
+import re
+import sys
 from contextlib import nullcontext
 from itertools import permutations
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -411,14 +415,33 @@ def test_generator_is_a_pure_function_of_its_key():
     assert generator(3, "order", 7).initial_seed() == 4770693514519076952
 
 
-def test_new_numbers_leave_the_old_ones(monkeypatch):
-    """A number appended to what is drawn for a view changes none of those before it."""
-    before = SIMCLR.draw(6, generator(1))
-    monkeypatch.setattr(common, "NUMBERS", np.dtype([*NUMBERS.descr, ("new", float, 3)]))
-    after = SIMCLR.draw(6, generator(1))
-    assert after["new"].shape == (6, 3)
-    for name in NUMBERS.names:
-        assert np.array_equal(before[name], after[name])
+def test_the_example_of_an_augmentation_of_ones_own(monkeypatch):
+    """The lines in common.py's comment, as they stand there; the other numbers stay the same."""
+    source = Path(common.__file__).read_text()
+    lines = re.findall("^#     ((?:strength|x) = .*)$", source, flags=re.M)
+    assert len(lines) == 3
+    for where, added in (
+        ('"solarize")\n', '"solarize", "mine", "strength")\n'),
+        (
+            "    solarize: float = 0.0",
+            "    mine: float = 0.0\n    weakest: float = 0.2\n    strongest: float = 0.4\n",
+        ),
+        ("        out = torch.empty(count, 3", f"        {lines[0]}\n        {lines[1]}\n"),
+        ("                out.index_copy_(0", f"                {lines[2]}\n"),
+    ):
+        assert source.count(where) == 1
+        is_names = added.startswith('"')
+        source = source.replace(where, added if is_names else added + where)
+    mine = ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", mine)  # for @dataclass
+    exec(source, vars(mine))
+    mine._mine = lambda x, strength: x * strength[:, None, None, None]
+    images = noise(16, 32, 32)
+    plain = SIMCLR(images, generator(1))
+    assert torch.equal(mine.Augment()(images, generator(1)), plain)
+    darker = mine.Augment(mine=1.0)(images, generator(1))
+    ratio = SIMCLR.restore(darker).mean((1, 2, 3)) / SIMCLR.restore(plain).mean((1, 2, 3))
+    assert 0.2 <= ratio.min() < ratio.max() <= 0.4
 
 
 @pytest.mark.parametrize("recipe", [SIMCLR, MOCO_V2, *BYOL_VIEWS])
