@@ -455,7 +455,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        scaler.scale(loss / args.accumulate).backward()  # under DDP no_sync could save traffic
+        scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
             scaler.step(optimizer)
