@@ -264,9 +264,10 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 #
 #     if name_or_path.endswith(".zip"):
 #         images = InZip(name_or_path, np.array([b"cat/1.jpg", b"dog/1.jpg"]))
-#         return Data(images, None, None)  # _hold(images) instead takes small ones into memory
+#         return Data(images, None, None)
 #
-# and a subclass of OnDisk with a `decode` of its own:
+# (with _hold(images) instead, they are taken into memory, if of one size and not too many) and a
+# subclass of OnDisk with a `decode` of its own:
 #
 #     class InZip(OnDisk):
 #         def decode(self, index):
@@ -309,7 +310,8 @@ def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
     if not files:
         raise DataError(f"no images in {str(folder)!r}: looked for {', '.join(ENDINGS)}")
     folders, labels = np.unique([os.path.dirname(file) for file in files], return_inverse=True)
-    # Not "", which is `folder` itself, and not folders within folders.
+    # Dropped: "", which is `folder` itself, and folders within folders. If none is dropped, every
+    # image lies in a class.
     classes = [os.fsdecode(name) for name in folders if name and b"/" not in name]
     all_in_classes = len(classes) == len(folders)
     if len(classes) > 1 and all_in_classes:
@@ -574,8 +576,8 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # image[None], (1, 3, H, W), but with a first stride of 3 H W instead of 3. Decoders give
-    # colours innermost, and by its strides interpolate knows channels_last, on which it is faster.
+    # As decoders give colours innermost, the strides of image[None] are (3, 1, 3 W, 3). With 3 H W
+    # as the first of them, interpolate knows it as channels_last, which is faster.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -694,7 +696,7 @@ class Augment:
     brightness: float = 0.8  # factor from 1 - brightness to 1 + brightness; so the next two
     contrast: float = 0.8
     saturation: float = 0.8
-    hue: float = 0.2  # shift from -hue to hue, in turns of the colour circle
+    hue: float = 0.2  # shift from -hue to hue, in turns of the colour circle; at most 0.5
     gray: float = 0.2  # probability
     blur: float = 0.5  # probability
     sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in pixels
@@ -816,7 +818,7 @@ class Augment:
     def _parameters(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The jitter's order (n, 4) and factors (n, 4, 1, 1, 1), the blur's sigma in pixels (n,).
 
-        Without jitter an order holds only _NOTHING.
+        Thus factors[:, k] multiplies images. Without jitter an order holds only _NOTHING.
         """
         which = (u["order"] * len(_ORDERS)).astype(int)
         jittered = u["jitter"] < self.jitter
@@ -931,8 +933,8 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
 # All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. To
-# swap g and b negates this formula. It also negates case r, turns case g into minus case b, and b
-# into minus g. Hence it is enough to look at g >= b, where the sign is +:
+# swap g and b negates this formula, and negates the textbook's hue too: case r becomes minus r, g
+# minus b, b minus g. Hence it is enough to look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
 #     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
 # K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
@@ -999,10 +1001,10 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size  # the last block is filled up
-    # (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together. As what is
-    # added is mirrored, `end` must be less than size. It is at most 3.3 sigma[1] + 1 + size / 32: a
-    # size of 3.5 sigma[1] + 2 is enough.
+    # A mirrored edge must be less than size: as end <= 3.3 sigma[1] + 1 + size / 32, a size of
+    # 3.5 sigma[1] + 2 is enough.
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
+    # Now x is (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together.
     # Along the height,
     x = x.unfold(2, reach, block)  # (n, 3, blocks, w, reach): what is unfolded comes last
     x = x.mT  # (n, 3, blocks, reach, w)
@@ -1035,7 +1037,7 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
 #         centre = gather(z).mean(0)  # of all rows
-#         return (z - centre).square().sum(1).mean()  # of this rank's rows: a share
+#         return (z - centre).square().sum(1).mean()  # over this rank's rows, as nt_xent
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state: products of
 # matrices, which autocast would round, need torch.autocast(..., enabled=False) around them. All
@@ -1082,9 +1084,9 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# Below this temperature losses are computed in float64, because rounding errors are divided by the
-# temperature, and with logsumexp, which subtracts the greatest number of a row. At .025 the number
-# e^(1 / temperature) is e^40, and a sum of a million of them e^54; float32 holds up to e^88.
+# Below this temperature losses are computed in float64, as rounding errors are divided by it, and
+# by logsumexp, as sums of exponentials would overflow: at .025 the greatest is e^40, and a sum of a
+# million of them e^54, where float32 holds up to e^88.
 FLOAT32_OK = 0.025
 
 
@@ -1223,10 +1225,11 @@ class _PairSums(torch.autograd.Function):
 
     Returns (2, last - first): S_i and S_(i + N) of this rank's pairs, first <= i < last.
 
-    The 2N x 2N matrix E of e^(x_i . x_j) would take the memory: it is made in blocks, and again in
-    backward unless it is small. E is symmetric: block (I, J) adds its rows' sums to S_I and its
-    columns' to S_J, so blocks with J <= I suffice. In backward, with g = dL/dS,
-    dL/dx_i = sum_j E_ij (g_i + g_j) x_j, as x_i is in S_i and in every S_j.
+    The 2N x 2N matrix E of e^(x_i . x_j), 0 where a row meets itself or its pair, would take the
+    memory: it is made in blocks, and again in backward unless it is small. E is symmetric: block
+    (I, J) adds its rows' sums to S_I and its columns' to S_J, so blocks with J <= I suffice. In
+    backward, with g = dL/dS, dL/dx_i = sum_j E_ij (g_i + g_j) x_j, as x_i is in S_i and in every
+    S_j.
 
     Blocks without a row or column of these pairs are skipped. In backward g is 0 for the rows of
     other ranks' pairs, so these blocks add nothing there either.

@@ -124,7 +124,9 @@ if CUDA:
     PRECISION = "bf16" if bf16 else "fp16"
 flag("--temperature", type=float, help="of NT-Xent")
 flag("--curation", choices=("batch", "pairs", "off"), default="batch", help="off: plain SimCLR")
-flag("--curation-candidates", type=int, help="K, drawn for each that is trained on; default: 2")
+flag(
+    "--curation-candidates", type=int, help="K: drawn for each batch or pair trained on; default: 2"
+)
 flag("--curation-start", type=float, default=0.1, help="share of the training that goes before")
 # The flags below are the same in every script.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
@@ -158,7 +160,7 @@ MAY_BE_0 += ["curation_start"]
 #
 # `args` holds all settings. Where they come from, in this order:
 # - the command line: flags that are given, and defaults;
-# - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
+# - choose_preset: all rows of PRESETS, image_size, and the column as `preset`;
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
 #   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update);
 # - fit_method: curation_candidates, curation_step; chance_loss, for the log alone;
@@ -199,8 +201,9 @@ def build_projector(features: int, args: Namespace) -> nn.Module:
 def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
     """For each step the indices of this rank's images, and two views of each.
 
-    Before curation starts a step draws batch_size images of all ranks, then K times as many. Epochs
-    count the images trained on: after the start one epoch draws each image K times.
+    Before curation starts a step draws batch_size images of all ranks, then K times as many, as if
+    it had from the first step. Epochs count the images trained on: one then draws each image K
+    times.
     """
     first = args.curation_step
     parts = [
@@ -208,13 +211,13 @@ def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
         (args.curation_candidates, range(max(first, steps.start), steps.stop)),
     ]
     for candidates, part in parts:
-        size = candidates * args.batch_size
-        batches = Batches(data.pretrain, recipes(args), size, args.seed, RANK, WORLD)
+        drawn = candidates * args.batch_size
+        batches = Batches(data.pretrain, recipes(args), drawn, args.seed, RANK, WORLD)
         yield from batches.stream(part, DEVICE, args.workers)
 
 
 def violation(z1: Tensor, z2: Tensor) -> Tensor:
-    """d+ - d- of each pair of z1, z2 (G, n, D) among the n of its group: (G, n); violation: > 0."""
+    """z1, z2 (G, n, D), G groups of n pairs -> d+ - d- (G, n), d- in the group; > 0: violation."""
     z1, z2 = F.normalize(z1.float(), dim=2), F.normalize(z2.float(), dim=2)
     z = torch.cat([z1, z2], 1)
     same_image = torch.eye(z1.shape[1], dtype=torch.bool, device=z.device).repeat(2, 2)
@@ -240,13 +243,13 @@ class Method(nn.Module):
     @torch.no_grad()
     def curate(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, dict]:
         """Candidates (K B, 3, H, W) -> indices (B,) of those to train on, and what to log."""
-        size = self.args.batch_size // WORLD
+        size = self.args.batch_size // WORLD  # B
         groups = 1 if self.args.curation == "pairs" else len(x1) // size
         self.eval()
         z1, z2 = self.embed(x1, x2)
         self.train()
-        # Older torch keeps the weights that autocast has rounded here, without gradient, for the
-        # forward that trains.
+        # Autocast keeps its rounded copies of the weights. These here have no gradient, and older
+        # torch would use them in the forward that trains.
         torch.clear_autocast_cache()
         margin = violation(z1.unflatten(0, (groups, -1)), z2.unflatten(0, (groups, -1)))
         shares = (margin > 0).float().mean(1)  # (G,)
@@ -264,7 +267,8 @@ class Method(nn.Module):
 
         For a loss of your own:
         - return on each rank a number whose mean over the ranks is the loss of all images;
-        - if it compares images of all ranks: gather(z) of common.py makes (WORLD B, d) of (B, d);
+        - if it compares images of all ranks: gather(z), to be imported from common.py, makes
+          (WORLD B, d) of (B, d);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well; it is only logged.
@@ -357,8 +361,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # With --save-every 10 and --accumulate 4, updates end at 4, 8, 12, ..., and 12, 20, 32, ...
-        # are saved.
+        # Saved is the first update at or after each multiple of --save-every: with 10, and
+        # --accumulate 4, at 12, 20, 32, ...
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -460,8 +464,8 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # With --accumulate an epoch may be a few steps shorter than a pass of `Batches` over the
-    # images. Then a pass may begin in the middle of an epoch, which does no harm.
+    # With --accumulate (or curation) an epoch may differ from a pass of `Batches` over the images.
+    # Then a pass may begin in the middle of an epoch, which does no harm.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -469,7 +473,7 @@ def configure() -> tuple[Namespace, Data]:
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
-    folder = Path(args.data).resolve()  # of a named data set only its name counts
+    folder = Path(args.data).resolve()  # for a named data set it is only a name
     if args.run_dir is None:
         args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
@@ -831,6 +835,8 @@ def log_progress(
         # A value may be missing at first: a method may log it from some step on only.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
+    if not math.isfinite(values["loss"]):
+        refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", code=1)
     took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work
     speed = len(history) / took
     values["images_per_s"] = speed * args.batch_size
@@ -838,14 +844,13 @@ def log_progress(
     log("train", done, **values, lr=lr, data_wait=waited / took)
     if values["std"] < 0.1:
         log("warning", done, text="collapse: nearly the same embedding for all images")
-    if not math.isfinite(values["loss"]):
-        refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", code=1)
 
 
 # How a run ends. As soon as one rank has ended with a code other than 0, torchrun sends the others
 # a signal.
-# - Wrong use (code 2) or a failure (code 1) may be found by one rank or by all. The first rank of a
-#   machine prints its line and ends; any other first waits whether torchrun ends it: `give_way`.
+# - Wrong use (code 2) or a failure (code 1) may be found by one rank or by all. Local rank 0 prints
+#   its line and ends. The others give torchrun five seconds to end them, and only then print
+#   theirs.
 # - A signal. Before and after training there is nothing to save, and signals do what they do by
 #   default. In training it has to wait for the next update of the weights:
 #   1. its handler, `note_signal`, only puts its number into STOP;
@@ -867,10 +872,10 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def give_way() -> None:
-    """Ends silently if another rank has ended: torchrun then sends a signal within seconds."""
+    """Ends silently if another rank has ended, of which torchrun's signal tells; else returns."""
     if STOP:
         sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)
+    set_signals(signal.SIG_DFL)  # the signal may still come, and ends this rank here
     time.sleep(5)
 
 
@@ -883,7 +888,7 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send a signal twice: its ranks ignore the second
+    if "RANK" not in os.environ:  # torchrun may send a signal twice: its ranks heed only STOP[0]
         set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
 
 
@@ -917,7 +922,7 @@ if __name__ == "__main__":
         if "allocate" in str(error) or "Storage size" in str(error):
             refuse(f"{error}: lower --batch-size or --image-size", code=1)
         if WORLD > 1:
-            give_way()  # it may be that a rank is missing, which has ended
+            give_way()  # the error may be that another rank is gone
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -22,8 +22,9 @@ T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, 
 counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
 Thus the images of a batch are mixed into each other, and with a kernel of 3 x 3 also neighbours in
 an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches.
-At the end of a row both go on with the next row, d after the last row with the next colour. The
-layer learns from the loss, and is dropped after training.
+At the end of its row n goes on with the next row of patches, and d with the next row of the patch,
+or after the last one with the next colour. The layer learns from the loss, and is dropped after
+training.
 
 Conv has weights of its own for each index in the batch. If both views of an image had the same
 index, the layer could mark both with a signature of that index, and the loss would fall without the
@@ -171,10 +172,11 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 #
 # `args` holds all settings. Where they come from, in this order:
 # - the command line: flags that are given, and defaults;
-# - choose_preset: the other flags, the rows without a flag, image_size, and the column as `preset`;
+# - choose_preset: all rows of PRESETS, image_size, and the column as `preset`;
 # - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
 #   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update);
-# - fit_method: fusion_batch (the images of a rank); chance_loss, for the log alone;
+# - fit_method: fusion_lr, fusion_patch (fitted), fusion_batch (the images of a rank); chance_loss,
+#   for the log alone;
 # - configure, at last: run_dir.
 # `settled` holds the names of flags that are given or have a default other than None: these stay.
 
@@ -269,7 +271,8 @@ class Method(nn.Module):
 
         For a loss of your own:
         - return on each rank a number whose mean over the ranks is the loss of all images;
-        - if it compares images of all ranks: gather(z) of common.py makes (WORLD B, d) of (B, d);
+        - if it compares images of all ranks: gather(z), to be imported from common.py, makes
+          (WORLD B, d) of (B, d);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well; it is only logged.
@@ -317,8 +320,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 def fit_method(args: Namespace, settled: set[str]) -> None:
     """Fits to the data what is not given on the command line; refuses what cannot be."""
     if "fusion_lr" not in settled:
-        # AdamW's lr is small already, as it moves a weight by about lr in each step: hence a
-        # hundredth of it, but a thousandth of that of SGD or LARS. Neither is tuned.
+        # AdamW moves a weight by about lr in each update, so its lr is small already: lr / 100 for
+        # it, lr / 1000 for the others. Neither is tuned.
         args.fusion_lr = args.lr / (100 if args.optimizer == "adamw" else 1000)
     if "fusion_patch" not in settled:
         args.fusion_patch = math.gcd(args.fusion_patch, args.image_size)
@@ -384,8 +387,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # With --save-every 10 and --accumulate 4, updates end at 4, 8, 12, ..., and 12, 20, 32, ...
-        # are saved.
+        # Saved is the first update at or after each multiple of --save-every: with 10, and
+        # --accumulate 4, at 12, 20, 32, ...
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
@@ -487,8 +490,8 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # With --accumulate an epoch may be a few steps shorter than a pass of `Batches` over the
-    # images. Then a pass may begin in the middle of an epoch, which does no harm.
+    # With --accumulate (or curation) an epoch may differ from a pass of `Batches` over the images.
+    # Then a pass may begin in the middle of an epoch, which does no harm.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -496,7 +499,7 @@ def configure() -> tuple[Namespace, Data]:
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
-    folder = Path(args.data).resolve()  # of a named data set only its name counts
+    folder = Path(args.data).resolve()  # for a named data set it is only a name
     if args.run_dir is None:
         args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
@@ -858,6 +861,8 @@ def log_progress(
         # A value may be missing at first: a method may log it from some step on only.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
+    if not math.isfinite(values["loss"]):
+        refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", code=1)
     took = time.perf_counter() - began  # after item(), which waits until the GPU has done its work
     speed = len(history) / took
     values["images_per_s"] = speed * args.batch_size
@@ -865,14 +870,13 @@ def log_progress(
     log("train", done, **values, lr=lr, data_wait=waited / took)
     if values["std"] < 0.1:
         log("warning", done, text="collapse: nearly the same embedding for all images")
-    if not math.isfinite(values["loss"]):
-        refuse(f"the loss is not finite at step {done}: lower --lr or use fp32", code=1)
 
 
 # How a run ends. As soon as one rank has ended with a code other than 0, torchrun sends the others
 # a signal.
-# - Wrong use (code 2) or a failure (code 1) may be found by one rank or by all. The first rank of a
-#   machine prints its line and ends; any other first waits whether torchrun ends it: `give_way`.
+# - Wrong use (code 2) or a failure (code 1) may be found by one rank or by all. Local rank 0 prints
+#   its line and ends. The others give torchrun five seconds to end them, and only then print
+#   theirs.
 # - A signal. Before and after training there is nothing to save, and signals do what they do by
 #   default. In training it has to wait for the next update of the weights:
 #   1. its handler, `note_signal`, only puts its number into STOP;
@@ -894,10 +898,10 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def give_way() -> None:
-    """Ends silently if another rank has ended: torchrun then sends a signal within seconds."""
+    """Ends silently if another rank has ended, of which torchrun's signal tells; else returns."""
     if STOP:
         sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)
+    set_signals(signal.SIG_DFL)  # the signal may still come, and ends this rank here
     time.sleep(5)
 
 
@@ -910,7 +914,7 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send a signal twice: its ranks ignore the second
+    if "RANK" not in os.environ:  # torchrun may send a signal twice: its ranks heed only STOP[0]
         set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
 
 
@@ -944,7 +948,7 @@ if __name__ == "__main__":
         if "allocate" in str(error) or "Storage size" in str(error):
             refuse(f"{error}: lower --batch-size or --image-size", code=1)
         if WORLD > 1:
-            give_way()  # it may be that a rank is missing, which has ended
+            give_way()  # the error may be that another rank is gone
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

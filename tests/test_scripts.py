@@ -695,6 +695,9 @@ def test_a_batch_to_accumulate_that_exceeds_the_data_is_refused(machine, capsys)
     with pytest.raises(SystemExit) as end:
         configured(machine, "--accumulate 5 --batch-size 16")
     assert end.value.code == 2 and "--accumulate 5 takes 80 images of 64" in capsys.readouterr().err
+    with command_line(machine, ["--accumulate", "9"]):  # a batch that is not given is fitted
+        args, _ = machine.configure()
+    assert args.batch_size == 2 and args.epoch_steps == 27
 
 
 VARIANTS = {  # the plain methods, and what else changes the step
