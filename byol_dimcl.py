@@ -56,10 +56,10 @@ from torchvision import models, ops
 from torchvision.utils import save_image
 
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
-# - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
-#   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each: one for each recipe, with a size of its own. They are functions of the step's number, seed
-#   and batch. Each pass draws a new random order of images and cuts it into whole batches; the rest
+# - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
+#   yields for a step the indices of this rank's images and a list of their views, one for each
+#   recipe: (batch / world, 3, size, size). They are functions of the step's number, seed and batch.
+#   Each pass draws a new random order of images and cuts it into whole batches; the rest
 #   is left out. Without a seed: centre crops of all images in their order, for evaluation, the last
 #   batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
@@ -132,7 +132,7 @@ if CUDA:
 flag("--target-momentum", type=float, help="of the target network at the start, from 0 to 1")
 flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL, from 0 to 1; 0: plain BYOL")
 flag("--dimcl-temperature", type=float, default=0.1, help="of DimCL's NT-Xent")
-# The flags below are the same in every script.
+# The flags below are the same in all five scripts.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
 flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
@@ -273,7 +273,7 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
         if getattr(args, key) > 1:
             refuse(f"--{key.replace('_', '-')} {getattr(args, key)} is greater than 1")
     w, columns = args.dimcl_weight, 2 * args.projector[-1]
-    # Without information a cosine is 0, in both directions; only logged.
+    # Without information a cosine is 0, in both directions; logged in `args`.
     args.chance_loss = w * math.log(columns - 1) + (1 - w) * 2 * 2
 
 
@@ -284,7 +284,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # within `backbone` too
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, in `backbone` too
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -390,7 +390,7 @@ def choose_preset(args: Namespace, images: Images) -> dict:
     if preset["stem"] is None:
         small = (args.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
-    # At least eight updates an epoch.
+    # At least eight updates an epoch, unless that leaves less than two images a rank.
     while preset["batch_size"] > max(len(images) // (8 * args.accumulate), 2 * WORLD):
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
@@ -430,8 +430,8 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # With --accumulate (or curation) an epoch may differ from a pass of `Batches` over the images.
-    # Then a pass may begin in the middle of an epoch, which does no harm.
+    # So an epoch is not always a pass of `Batches` over the images, and a pass may begin in the
+    # middle of an epoch, which does no harm.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -752,11 +752,11 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
             optimizer.zero_grad()
             (rates * losses.view(-1, 10).mean(0)).sum().backward()
             optimizer.step()
-    with torch.no_grad():
-        right = heads(x[held_out]).argmax(2) == y[held_out, None]  # (n, 10)
-        best = right.float().mean(0).argmax()
-        top = heads(x_val)[:, best].topk(min(5, classes)).indices  # (N, 5)
-    hits = top == y_val[:, None]
+    with torch.no_grad():  # in parts: all logits of ImageNet are 7 GB
+        right = [heads(x[i]).argmax(2) == y[i, None] for i in held_out.split(4096)]  # (n, 10)
+        best = torch.cat(right).float().mean(0).argmax()
+        top = [heads(part)[:, best].topk(min(5, classes)).indices for part in x_val.split(4096)]
+    hits = torch.cat(top) == y_val[:, None]  # (N, 5)
     top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
@@ -838,10 +838,10 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def give_way() -> None:
-    """Ends silently if another rank has ended, of which torchrun's signal tells; else returns."""
-    if STOP:
+    """Ends silently by torchrun's signal, if another rank has ended; else returns."""
+    if STOP:  # it has come already
         sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)  # the signal may still come, and ends this rank here
+    set_signals(signal.SIG_DFL)  # it would end this rank in the next five seconds
     time.sleep(5)
 
 

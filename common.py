@@ -688,7 +688,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; if blur > 0, at least 3.5 sigma[1] + 2, or _blur raises
+    size: int = 224  # pixels a side; if blur > 0, 3.5 sigma[1] + 2 is always enough: see _blur
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -818,7 +818,7 @@ class Augment:
     def _parameters(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The jitter's order (n, 4) and factors (n, 4, 1, 1, 1), the blur's sigma in pixels (n,).
 
-        Thus factors[:, k] multiplies images. Without jitter an order holds only _NOTHING.
+        So factors[:, k] broadcasts over images. Without jitter an order holds only _NOTHING.
         """
         which = (u["order"] * len(_ORDERS)).astype(int)
         jittered = u["jitter"] < self.jitter
@@ -933,13 +933,15 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
 # All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. To
-# swap g and b negates this formula, and negates the textbook's hue too: case r becomes minus r, g
-# minus b, b minus g. Hence it is enough to look at g >= b, where the sign is +:
+# swap g and b negates this formula, and the textbook's hue too: of case r comes the negative of
+# case
+# r, of g that of b, of b that of g. Hence it is enough to look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
 #     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
 # K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
 #
-# Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]:
+# Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]. (It is at most 2/3, so the other
+# way round the circle is at least 1/3 and need not be looked at.)
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
 # Green is M up to 1/6 from its own hue, 1/3, then falls to m at 1/3 from it; so does blue from 2/3.
 # Red is M at 1/3 and more from 1/2, and m up to 1/6 from it: hence the other signs. Of gray d is 0,
@@ -1001,8 +1003,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size  # the last block is filled up
-    # A mirrored edge must be less than size: as end <= 3.3 sigma[1] + 1 + size / 32, a size of
-    # 3.5 sigma[1] + 2 is enough.
+    # F.pad raises if a mirrored edge is not less than size. As radius <= 3.3 sigma[1] + 1 and
+    # blocks * block - size <= size / 32, a size of 3.5 sigma[1] + 2 is enough.
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Now x is (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together.
     # Along the height,
@@ -1031,8 +1033,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins), or W times
 # this rank's share of it (dimcl). The backward of `gather` sums the gradients of all L_r, and
 # DistributedDataParallel averages over the ranks, that is divides by W: what comes out is the
-# gradient of the mean. Rows used without `gather` have a gradient of L_r alone, and that is right.
-# For example,
+# gradient of the mean. Rows used without `gather` have a gradient of L_r alone: no other rank's
+# loss has seen them. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1084,9 +1086,9 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# Below this temperature losses are computed in float64, as rounding errors are divided by it, and
-# by logsumexp, as sums of exponentials would overflow: at .025 the greatest is e^40, and a sum of a
-# million of them e^54, where float32 holds up to e^88.
+# Below this temperature losses are computed in float64, because rounding errors are divided by the
+# temperature, and with logsumexp, because sums of exponentials would overflow: at .025 the greatest
+# is e^40, and a sum of a million of them e^54, where float32 holds up to e^88.
 FLOAT32_OK = 0.025
 
 

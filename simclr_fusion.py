@@ -22,9 +22,9 @@ T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, 
 counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
 Thus the images of a batch are mixed into each other, and with a kernel of 3 x 3 also neighbours in
 an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches.
-At the end of its row n goes on with the next row of patches, and d with the next row of the patch,
-or after the last one with the next colour. The layer learns from the loss, and is dropped after
-training.
+Rows follow each other without a border: after the end of a row, d + 1 and n + 1 are the start of
+the next one (for d after the last row: of the next colour). The layer learns from the loss, and is
+dropped after training.
 
 Conv has weights of its own for each index in the batch. If both views of an image had the same
 index, the layer could mark both with a signature of that index, and the loss would fall without the
@@ -71,10 +71,10 @@ from torchvision import models, ops
 from torchvision.utils import save_image
 
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
-# - Batches(images, recipes, batch, seed, RANK, WORLD).stream(steps, device, workers) yields for a
-#   step the indices of this rank's images and a list of their views, (batch / WORLD, 3, size, size)
-#   each: one for each recipe, with a size of its own. They are functions of the step's number, seed
-#   and batch. Each pass draws a new random order of images and cuts it into whole batches; the rest
+# - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
+#   yields for a step the indices of this rank's images and a list of their views, one for each
+#   recipe: (batch / world, 3, size, size). They are functions of the step's number, seed and batch.
+#   Each pass draws a new random order of images and cuts it into whole batches; the rest
 #   is left out. Without a seed: centre crops of all images in their order, for evaluation, the last
 #   batch smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
@@ -140,7 +140,7 @@ flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
 flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000, adamw: lr / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer can cheat")
-# The flags below are the same in every script.
+# The flags below are the same in all five scripts.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
 flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
@@ -333,7 +333,7 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
     # continued on as many ranks as it began: `resume` compares fusion_batch. Without fusion any
     # number will do that divides the batch.
     args.fusion_batch = args.batch_size // WORLD if args.fusion_layers > 0 else 0
-    args.chance_loss = math.log(2 * args.batch_size - 1)  # without information; only logged
+    args.chance_loss = math.log(2 * args.batch_size - 1)  # without information; logged in `args`
 
 
 # ------------------------------------------------------------------------------------- training
@@ -343,7 +343,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
     model = Method(backbone, args).to(DEVICE)
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # within `backbone` too
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, in `backbone` too
     optimizer = build_optimizer(parameter_groups(model, args), args)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -450,7 +450,7 @@ def choose_preset(args: Namespace, images: Images) -> dict:
     if preset["stem"] is None:
         small = (args.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
-    # At least eight updates an epoch.
+    # At least eight updates an epoch, unless that leaves less than two images a rank.
     while preset["batch_size"] > max(len(images) // (8 * args.accumulate), 2 * WORLD):
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
@@ -490,8 +490,8 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # With --accumulate (or curation) an epoch may differ from a pass of `Batches` over the images.
-    # Then a pass may begin in the middle of an epoch, which does no harm.
+    # So an epoch is not always a pass of `Batches` over the images, and a pass may begin in the
+    # middle of an epoch, which does no harm.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -812,11 +812,11 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
             optimizer.zero_grad()
             (rates * losses.view(-1, 10).mean(0)).sum().backward()
             optimizer.step()
-    with torch.no_grad():
-        right = heads(x[held_out]).argmax(2) == y[held_out, None]  # (n, 10)
-        best = right.float().mean(0).argmax()
-        top = heads(x_val)[:, best].topk(min(5, classes)).indices  # (N, 5)
-    hits = top == y_val[:, None]
+    with torch.no_grad():  # in parts: all logits of ImageNet are 7 GB
+        right = [heads(x[i]).argmax(2) == y[i, None] for i in held_out.split(4096)]  # (n, 10)
+        best = torch.cat(right).float().mean(0).argmax()
+        top = [heads(part)[:, best].topk(min(5, classes)).indices for part in x_val.split(4096)]
+    hits = torch.cat(top) == y_val[:, None]  # (N, 5)
     top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
@@ -898,10 +898,10 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def give_way() -> None:
-    """Ends silently if another rank has ended, of which torchrun's signal tells; else returns."""
-    if STOP:
+    """Ends silently by torchrun's signal, if another rank has ended; else returns."""
+    if STOP:  # it has come already
         sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)  # the signal may still come, and ends this rank here
+    set_signals(signal.SIG_DFL)  # it would end this rank in the next five seconds
     time.sleep(5)
 
 

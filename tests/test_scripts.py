@@ -72,7 +72,8 @@ def test_machinery_and_shared_flags_are_the_same(name, start, end):
 SYNC = [
     "-    if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own"
     " statistics",
-    "-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # within `backbone` too",
+    "-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, in"
+    " `backbone` too",
 ]
 PICTURES = [
     "-        if step in (0, args.steps - 1):",
