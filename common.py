@@ -933,9 +933,8 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
 # All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. To
-# swap g and b negates this formula, and the textbook's hue too: of case r comes the negative of
-# case
-# r, of g that of b, of b that of g. Hence it is enough to look at g >= b, where the sign is +:
+# swap g and b negates this formula, and the textbook's hue too: case r becomes its own negative, g
+# that of b, b that of g. Hence it is enough to look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
 #     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
 # K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
