@@ -273,12 +273,18 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
     if args.compile:
         for part in model.children():  # backbone, projector and what else Method has
-            part.compile()
+            # Not part.compile(), which in older torch leaves nn.Sequential as it is.
+            part.forward = torch.compile(part.forward)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
 
     history, began, waited = [], time.perf_counter(), 0.0
     for step in range(start, args.steps):
+        if args.probe_every and data.train is not None and step > 0:
+            if step % (args.probe_every * args.epoch_steps) == 0:
+                paused = time.perf_counter()
+                log("probe", step, **linear_probe(backbone, data, args))
+                began += time.perf_counter() - paused  # not a part of images_per_s
         asked = time.perf_counter()
         _, views = next(stream)
         waited += time.perf_counter() - asked
@@ -316,11 +322,6 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
         if stop:
             end_by_signal(stop, done, log)
-        if args.probe_every and data.train is not None and done < args.steps:
-            if done % (args.probe_every * args.epoch_steps) == 0:
-                paused = time.perf_counter()
-                log("probe", done, **linear_probe(backbone, data, args))
-                began += time.perf_counter() - paused  # not a part of images_per_s
     if RANK == 0:
         save(backbone.state_dict(), run / "backbone.pt")
 
@@ -436,6 +437,10 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            # Each machine counts its own restarts, and the prefix below would differ.
+            refuse("--max-restarts works on one machine only: start the command again instead")
         try:
             store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
         except ValueError as error:
@@ -599,7 +604,11 @@ class Log:
             shown.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value!r}")
             if self.board and isinstance(value, float):
                 self.board.add_scalar(f"{event}/{key}", value, step)
-        print(f"{event}, step {step}:", ", ".join(shown), flush=True)
+        try:
+            print(f"{event}, step {step}:", ", ".join(shown), flush=True)
+        except OSError:
+            if not STOP:  # Ctrl-C has ended `tee` as well, SIGHUP the terminal: then save
+                raise
 
 
 def save(content: object, path: Path) -> None:
@@ -696,7 +705,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
             x[rows] = backbone(view).float()
     backbone.train()
     x = sum_over_ranks(x)  # each row is 0 on all ranks but one
-    if not x.isfinite().all():
+    if not x.sum(1).isfinite().all():  # of x itself it would take twice the memory of x
         refuse("the features are not finite: the weights are damaged, or --precision is too low")
     return x
 
@@ -711,12 +720,16 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     x, x_val = features(backbone, data.train, args), features(backbone, data.val, args)
     y, y_val = (torch.from_numpy(part.labels).to(DEVICE) for part in (data.train, data.val))
     std, mean = torch.std_mean(x, 0, correction=0)
+    # A feature may be constant on train but not on val, where it would be huge with a std of nearly
+    # 0, and decide alone with a weight that nothing has trained: hence a least std, and weights 0.
+    std = std.clamp(min=0.01 * std.mean()) + 1e-6
     for raw in (x, x_val):
-        raw.sub_(mean).div_(std + 1e-6)  # in place: those of ImageNet are 10 GB
+        raw.sub_(mean).div_(std)  # in place: those of ImageNet are 10 GB
     classes = int(y.max()) + 1
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
-    torch.manual_seed(args.seed)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
+    nn.init.zeros_(heads[0].weight)
+    nn.init.zeros_(heads[0].bias)
     # To multiply a classifier's loss by r is to give it the learning rate r: they share no weights,
     # and the steps of SGD, momentum included, are linear in the gradient.
     optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
@@ -793,7 +806,7 @@ def log_progress(
 
 
 # How a run ends. As soon as one rank has ended with a code other than 0, torchrun sends the others
-# a signal.
+# of its machine a signal.
 # - Wrong use (code 2) or a failure (code 1) may be found by one rank or by all. Local rank 0 prints
 #   its line and ends. The others give torchrun five seconds to end them, and only then print
 #   theirs.
@@ -865,7 +878,8 @@ if __name__ == "__main__":
         refuse(str(error), code=1)
     except RuntimeError as error:
         # What torch says when memory is too small, or a size in bytes too great for an integer.
-        if "allocate" in str(error) or "Storage size" in str(error):
+        said = str(error).lower()
+        if "alloc" in said or "out of memory" in said or "storage size" in said:
             refuse(f"{error}: lower --batch-size or --image-size", code=1)
         if WORLD > 1:
             give_way()  # the error may be that another rank is gone

@@ -121,7 +121,9 @@ class OnDisk:
         self.folder = os.fsencode(folder)
         self.files = files
         self.labels = labels
-        self.broken: set[int] = set()
+        # Files found unreadable. What `take` gives shares them: a file counts and is named once.
+        self.broken: set[bytes] = set()
+        self.total = len(files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -131,7 +133,6 @@ class OnDisk:
         taken = copy.copy(self)  # with whatever a subclass has added
         taken.files = self.files[rows]
         taken.labels = None if self.labels is None else self.labels[rows]
-        taken.broken = set()
         return taken
 
     @property
@@ -178,13 +179,14 @@ class OnDisk:
         Raises DataError once more than one and more than 1 % of the files are unreadable. Each rank
         counts those that it has met.
         """
-        for i in sorted(set(unreadable) - self.broken):
-            self.broken.add(i)
-            line = f"unreadable image, replaced by the next one: {self.path(i)!r} ({unreadable[i]})"
-            print(line, file=sys.stderr, flush=True)
-        if len(self.broken) > max(1, 0.01 * len(self)):
-            found = f"{len(self.broken)} of {len(self)} images in {os.fsdecode(self.folder)!r}"
-            one = f"as {self.path(max(self.broken))!r}"
+        for i, reason in sorted(unreadable.items()):
+            if self.files[i] not in self.broken:
+                self.broken.add(self.files[i])
+                line = f"unreadable image, replaced by the next one: {self.path(i)!r} ({reason})"
+                print(line, file=sys.stderr, flush=True)
+        if len(self.broken) > max(1, 0.01 * self.total):
+            found = f"{len(self.broken)} of {self.total} images in {os.fsdecode(self.folder)!r}"
+            one = f"as {os.fsdecode(max(self.broken))!r}"
             raise DataError(f"{found} can't be read (limit 1 %), {one}: remove or repair them")
 
 
@@ -207,6 +209,10 @@ def _decode_by_pillow(content: bytes) -> Tensor:
     from PIL import Image  # comes with torchvision
 
     with Image.open(io.BytesIO(content)) as image:
+        if image.format == "TIFF" and image.mode in ("I", "F"):
+            raise ValueError(
+                "32 bits a pixel: their range is unknown, convert them to 8 or 16 bits"
+            )
         if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip to white
             gray = (np.asarray(image) >> 8).astype(np.uint8)
             return torch.from_numpy(gray).repeat(3, 1, 1)
@@ -280,13 +286,14 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 
 
 def _train_and_val(folder: Path) -> Data:
-    """Class folders in folder/train and in folder/val; val may lack some of the classes."""
+    """Class folders in folder/train and in folder/val; val may have fewer, but at least two."""
     if not os.path.isdir(folder / "val"):
         found = f"{str(folder)!r} has train/ but no val/"
-        raise DataError(f"{found}: add val/, or pass --data {str(folder / 'train')!r}")
+        hint = f"add val/, or pass --data {str(folder / 'train')!r}"
+        raise DataError(f"{found}: {hint}, or rename train/ if that is a class")
     train, classes = _list_images(folder / "train")
     val, val_classes = _list_images(folder / "val")
-    wanted = f"train/ and val/ in {str(folder)!r} need class folders, the same in both"
+    wanted = f"train/ and val/ in {str(folder)!r} need at least two class folders each, the same"
     unknown = sorted(set(val_classes) - set(classes))
     if unknown or not classes or not val_classes:
         found = f"{len(classes)} and {len(val_classes)}"

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 import signal
 import tarfile
 import textwrap
@@ -140,6 +141,10 @@ def test_folders_that_cannot_be_used(tmp_path):
     write_images(tmp_path / "half" / "val", 3, 1)
     with pytest.raises(DataError, match="class_2"):
         load_data(str(tmp_path / "half"))
+    for name in ("class_0", "class_2"):
+        shutil.rmtree(tmp_path / "half" / "val" / name)
+    with pytest.raises(DataError, match="at least two class folders.*found 2 and 0"):
+        load_data(str(tmp_path / "half"))
 
 
 def test_named_folder(tmp_path):
@@ -263,6 +268,9 @@ def test_kinds_of_files(tmp_path):
     sixteen = Image.fromarray((pixels[..., 0].astype(np.int32) * 257).astype(np.uint16))
     gray = torch.from_numpy(pixels[..., 0]).expand(3, 32, 40)
     assert torch.equal(saved(sixteen, tmp_path / "sixteen.png"), gray)
+    for kind in (np.int32, np.float32):
+        with pytest.raises(ValueError, match="32 bits"):
+            saved(Image.fromarray(pixels[..., 0].astype(kind)), tmp_path / "wide.tiff")
     pages = [rgb.convert("L"), Image.new("L", (40, 32), 0)]
     first = saved(pages[0], tmp_path / "moving.gif", save_all=True, append_images=pages[1:])
     assert torch.equal(first, torch.from_numpy(np.array(pages[0])).expand(3, 32, 40))
@@ -356,6 +364,18 @@ def test_one_unreadable_file_of_few_is_no_error(tmp_path):
     images.note_broken({3: "empty"})
     with pytest.raises(DataError, match="2 of 10"):
         images.note_broken({3: "empty", 4: "empty"})
+
+
+def test_an_unreadable_file_that_is_taken_twice_counts_once(tmp_path, capsys):
+    """As for the pictures of neighbours, which may show the same images again and again."""
+    write_images(tmp_path, 1, 10, ((20, 20), (24, 24)))
+    images = load_data(str(tmp_path)).pretrain
+    for rows in ([3, 1, 3], [0, 3]):
+        taken = images.take(np.array(rows))
+        taken.note_broken({i: "empty" for i, row in enumerate(rows) if row == 3})
+    assert capsys.readouterr().err.count("unreadable image") == 1
+    with pytest.raises(DataError, match="2 of 10"):
+        images.take(np.array([4])).note_broken({0: "empty"})
 
 
 def test_the_example_of_a_source_of_ones_own(mixed, tmp_path):

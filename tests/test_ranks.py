@@ -279,6 +279,15 @@ def test_continued_bit_identically_alone(case, tmp_path):
     check_interrupted(case, interrupted(case, tmp_path), tmp_path)
 
 
+def test_a_probe_due_where_a_run_stopped_is_made_up_for(tmp_path):
+    words = flags("simclr_fusion", "--data cifar10 --probe-every 1") + ["--run-dir", str(tmp_path)]
+    assert main("simclr_fusion", words, 4, signal.SIGUSR1) == 128 + signal.SIGUSR1
+    assert main("simclr_fusion", words) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    seen = [(record["event"], record["step"]) for record in map(json.loads, lines)]
+    assert ("stopped", 4) in seen and [step for event, step in seen if event == "probe"] == [4, 8]
+
+
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_dimcl_shares_rows_that_do_not_divide(world, monkeypatch):
     """5 pairs over the ranks, simulated: each has gathered the whole, their mean is its loss."""

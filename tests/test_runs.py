@@ -246,6 +246,13 @@ def test_ranks_that_do_not_come_from_torchrun(
     refused(inside(capfd, "simclr_fusion", *words), "RANK", "torchrun")
 
 
+def test_restarts_on_several_machines_are_refused(images, tmp_path, capfd, monkeypatch):
+    for name, value in (("RANK", "0"), ("GROUP_WORLD_SIZE", "2"), ("MAX_RESTARTS", "1")):
+        monkeypatch.setenv(name.replace("MAX", "TORCHELASTIC_MAX"), value)
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path / "run"]
+    refused(inside(capfd, "simclr_fusion", *words), "--max-restarts", "one machine")
+
+
 def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkeypatch):
     """As one of three ranks: refused before it needs the others, and told once on each machine."""
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -290,7 +297,12 @@ def test_non_finite_loss_stops(images, tmp_path, capfd):
 
 def test_compile_takes_the_momentum_copy_too(images, tmp_path, capfd, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: compiled.append(part))
+
+    def recorded(forward):
+        compiled.append(forward.__self__)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", recorded)
     words = [*flags("byol_dimcl"), "--data", images, "--run-dir", tmp_path, "--compile"]
     assert inside(capfd, "byol_dimcl", *words).code == 0
     inside_them = [type(module) for part in compiled for module in part.modules()]

@@ -896,6 +896,7 @@ def test_probe_on_separable_features(machine, device):
     labels = rng.integers(0, 4, 600)
     corners = np.array([[0, 0, 128], [0, 255, 128], [255, 0, 128], [255, 255, 128]])
     pixels = (corners[labels] + rng.integers(-90, 90, (600, 3))).clip(0, 255).astype(np.uint8)
+    pixels[1:500, 2] = 128  # all but constant on train, not on val, where it must not decide
     pixels = torch.from_numpy(pixels)[:, :, None, None].expand(-1, 3, 8, 8).contiguous()
     train = common.InMemory(pixels[:500], labels[:500])
     val = common.InMemory(pixels[500:], labels[500:])
@@ -1079,6 +1080,23 @@ def test_a_torn_last_line_is_dropped(machine, tmp_path):
         machine.Log(args)("probe", 3, top1=50.0)
         events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
         assert events == ["args", "probe"]
+
+
+def test_a_signal_that_closes_the_output_too_does_not_end_the_run(machine, tmp_path, monkeypatch):
+    """Ctrl-C ends a `tee` behind the pipe, SIGHUP tells that the terminal is gone."""
+    args, _ = configured(machine, f"--run-dir {tmp_path}")
+    log = machine.Log(args)
+
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(machine, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        log("train", 1)
+    monkeypatch.setattr(machine, "STOP", [signal.SIGINT])
+    log("stopped", 2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
 def test_logged_values_are_means(machine, capsys, monkeypatch):
