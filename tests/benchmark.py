@@ -1,7 +1,7 @@
 """This project side by side with its peers: time and memory of every case that has a goal.
 
     python tests/benchmark.py                     # all but the race, ten minutes on two cores
-    python tests/benchmark.py --only losses       # or augment, jpeg, step, fusion, growth
+    python tests/benchmark.py --only losses       # or augment, jpeg, step, fusion, growth, memory
     python tests/benchmark.py --only race         # lightly and ours, same wall time: 35 minutes
     python tests/benchmark.py --json FILE         # the same figures unrounded
 
@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.io import decode_image
 from torchvision.transforms import transforms as v1
 from torchvision.transforms import v2
@@ -726,7 +727,30 @@ def growth(options: argparse.Namespace) -> None:
     growth_on_disk(options.photos)
 
 
-SECTIONS = {f.__name__: f for f in (losses, augment, jpeg, step, fusion, growth, race)}
+def memory(_: argparse.Namespace) -> None:
+    """What the backward of a ResNet-50 needs of a view: the tensors that autograd keeps."""
+    print("\n## memory\nkept for the backward of a ResNet-50 at 224 px:")
+    net = models.resnet50().to(memory_format=torch.channels_last)
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def kept(count: int, half: bool) -> int:
+        tensors = []
+        x = torch.rand(count, 3, 224, 224).to(memory_format=torch.channels_last)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: tensors.append(t.detach()) or t, lambda t: t
+        )
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            output = net(x)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        del output
+        return sum(size for place, size in storages.items() if place not in parameters)
+
+    for half in (True, False):
+        size = (kept(6, half) - kept(2, half)) / 4 / 2**20  # without what is kept once
+        print(f"{'bf16' if half else 'fp32'}: {size:.1f} MiB a view", flush=True)
+
+
+SECTIONS = {f.__name__: f for f in (losses, augment, jpeg, step, fusion, growth, memory, race)}
 
 
 def main() -> None:
