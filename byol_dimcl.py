@@ -96,7 +96,8 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # - What is not given is fitted: the batch is halved until an epoch has eight updates, the warm-up
 #   cut to a tenth of the epochs.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
-# - Without --image-size a view has the longest side of the images, up to 128 px, else 224.
+# - Without --image-size a view is as large as the longest side of the images if that is at most
+#   128 px, else 224.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -236,7 +237,7 @@ class Method(nn.Module):
           (WORLD B, d) of (B, d);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
-        - change `chance_loss` in fit_method as well; it is only logged.
+        - change `chance_loss` in fit_method as well, which is for the log alone.
 
         Nothing else is needed: the backward of gather sums the gradients of all ranks' losses, and
         DistributedDataParallel divides by the number of ranks, so parameters get the gradient of
@@ -273,7 +274,7 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
         if getattr(args, key) > 1:
             refuse(f"--{key.replace('_', '-')} {getattr(args, key)} is greater than 1")
     w, columns = args.dimcl_weight, 2 * args.projector[-1]
-    # Without information a cosine is 0, in both directions; logged in `args`.
+    # Without information a cosine is 0, in both directions; for the log alone.
     args.chance_loss = w * math.log(columns - 1) + (1 - w) * 2 * 2
 
 
@@ -317,6 +318,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
+        # DDP averages after each batch: right, as what is there from before is equal on all ranks.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -431,8 +433,8 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # So an epoch is not always a pass of `Batches` over the images, and a pass may begin in the
-    # middle of an epoch, which does no harm.
+    # Whole updates: with --accumulate an epoch may be shorter than a pass of `Batches` over the
+    # images. Then a pass may begin in the middle of an epoch, which does no harm.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -440,11 +442,11 @@ def configure() -> tuple[Namespace, Data]:
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
-    folder = Path(args.data).resolve()  # for a named data set it is only a name
+    folder = Path(args.data).resolve()  # for a named data set only a name
     if args.run_dir is None:
         args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
-    if Path(args.run_dir).resolve().is_relative_to(folder):
+    if folder.is_dir() and Path(args.run_dir).resolve().is_relative_to(folder):
         refuse(f"--run-dir {args.run_dir} lies in the image folder: its pictures would be images")
     return args, data
 
@@ -459,7 +461,7 @@ def join_ranks() -> None:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            # Each machine counts its own restarts, and the prefix below would differ.
+            # Each machine counts its own restarts: the prefix below, this count, would differ.
             refuse("--max-restarts works on one machine only: start the command again instead")
         try:
             store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
@@ -627,7 +629,7 @@ class Log:
         try:
             print(f"{event}, step {step}:", ", ".join(shown), flush=True)
         except OSError:
-            if not STOP:  # Ctrl-C has ended `tee` as well, SIGHUP the terminal: then save
+            if not STOP:  # Ctrl-C may have ended a `tee` too, SIGHUP the terminal: go on, to save
                 raise
 
 
@@ -741,7 +743,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     y, y_val = (torch.from_numpy(part.labels).to(DEVICE) for part in (data.train, data.val))
     std, mean = torch.std_mean(x, 0, correction=0)
     # A feature may be constant on train but not on val, where it would be huge with a std of nearly
-    # 0, and decide alone with a weight that nothing has trained: hence a least std, and weights 0.
+    # 0, and decide alone with a weight that nothing has trained: hence a least std, and weights
+    # that start at 0.
     std = std.clamp(min=0.01 * std.mean()) + 1e-6
     for raw in (x, x_val):
         raw.sub_(mean).div_(std)  # in place: those of ImageNet are 10 GB
@@ -867,8 +870,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send a signal twice: its ranks heed only STOP[0]
-        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
+    if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
+        set_signals(signal.SIG_DFL)  # without it a second signal ends the run at once
 
 
 def set_signals(handler: object) -> None:

@@ -121,7 +121,8 @@ class OnDisk:
         self.folder = os.fsencode(folder)
         self.files = files
         self.labels = labels
-        # Files found unreadable. What `take` gives shares them: a file counts and is named once.
+        # Files found unreadable, and of how many. What `take` gives shares both, so that a file
+        # counts and is named once.
         self.broken: set[bytes] = set()
         self.total = len(files)
 
@@ -280,9 +281,9 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 #             with zipfile.ZipFile(os.fsdecode(self.folder)) as file:
 #                 return _decode(file.read(os.fsdecode(self.files[index])))
 #
-# decode is called in the trainer, also in threads (by _hold), and in data workers, which are other
-# processes: each has to open a lasting handle for itself, which must not be pickled with the
-# object. For another file format: ENDINGS and _decode.
+# decode is called in the trainer, also in threads (by _hold), and afterwards in data workers, which
+# are other processes. So a handle that stays open must be one of each process and thread, kept
+# outside of the object, which may be pickled. For another file format: ENDINGS and _decode.
 
 
 def _train_and_val(folder: Path) -> Data:
@@ -417,6 +418,64 @@ def _read_archive(kind: type, root: str) -> Data:
     return Data(train, train, val)
 
 
+# The ten classes of drawn shapes: roughly how far (x, y) is from the edge, negative within.
+
+
+def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
+    return np.maximum(abs(x) - width, abs(y) - height)
+
+
+_FIGURES = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.8,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,
+    "square": lambda x, y: _box(x, y, 0.7, 0.7),
+    "frame": lambda x, y: abs(_box(x, y, 0.65, 0.65)) - 0.15,
+    "triangle": lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.9, 0.25), _box(x, y, 0.25, 0.9)),
+    "star": lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
+    "bar": lambda x, y: _box(x, y, 1.0, 0.22),
+    "two dots": lambda x, y: np.hypot(abs(x) - 0.55, y) - 0.38,
+}
+
+
+def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
+    """Drawn shapes; colour, place, size, rotation, background and noise say nothing of the class.
+
+    Colours are pale: strong ones would tell images apart better than shapes do, and training would
+    learn little else.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % len(_FIGURES)
+
+    def draw(low: float, high: float, *shape: int) -> np.ndarray:
+        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+
+    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled.
+    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
+    scale = draw(0.65, 0.95, 1, 1)
+    angle = draw(-np.pi / 2, np.pi / 2, 1, 1)
+    dx = grid - draw(-0.15, 0.15, 1, 1)
+    dy = grid[:, None] - draw(-0.15, 0.15, 1, 1)
+    x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
+    y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
+
+    distance = np.empty_like(x)
+    for label, figure in enumerate(_FIGURES.values()):
+        mine = labels == label
+        distance[mine] = figure(x[mine], y[mine])
+    in_pixels = distance * scale * size / 2  # the image is 2 wide, or `size` pixels
+    cover = np.clip(0.5 - in_pixels, 0, 1)[:, None]  # 0 outside, 1 within, a soft edge of a pixel
+    level = draw(0.15, 0.85, 1, 1, 1)
+    contrast = draw(0.3, 0.6, 1, 1, 1)
+    front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
+    back = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * x[:, None]
+    noise = 0.04 * rng.standard_normal(back.shape, np.float32)
+    image = back + (cover * (front - back) + noise)
+    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return InMemory(torch.from_numpy(pixels), labels)
+
+
 @lru_cache(maxsize=1)  # made once an epoch, not at each step: there may be millions of images
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
@@ -543,7 +602,7 @@ class Batches(torch.utils.data.Dataset):
             yield from batches
         except Exception as error:
             # A worker's error keeps its type, but its text is the worker's traceback, whose last
-            # line has the type's name and what happened. Without workers it is what happened.
+            # line has the type's name and what happened. Without workers the text is what happened.
             text = str(error).strip() or repr(error)
             line = text.splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
             if not isinstance(error, DataError):
@@ -583,71 +642,13 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # As decoders give colours innermost, the strides of image[None] are (3, 1, 3 W, 3). With 3 H W
-    # as the first of them, interpolate knows it as channels_last, which is faster.
+    # image[None], as decoders give colours innermost, has the strides (3, 1, 3 W, 3). Made from
+    # (1, H, W, 3), the first is 3 H W: so interpolate knows it as channels_last, which is faster.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
     view = view[0].permute(1, 2, 0)
     out.copy_(view.flip(1) if flip else view)
-
-
-# The ten classes of drawn shapes: roughly how far (x, y) is from the edge, negative within.
-
-
-def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
-    return np.maximum(abs(x) - width, abs(y) - height)
-
-
-_FIGURES = {
-    "disc": lambda x, y: np.hypot(x, y) - 0.8,
-    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,
-    "square": lambda x, y: _box(x, y, 0.7, 0.7),
-    "frame": lambda x, y: abs(_box(x, y, 0.65, 0.65)) - 0.15,
-    "triangle": lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,
-    "cross": lambda x, y: np.minimum(_box(x, y, 0.9, 0.25), _box(x, y, 0.25, 0.9)),
-    "star": lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
-    "bar": lambda x, y: _box(x, y, 1.0, 0.22),
-    "two dots": lambda x, y: np.hypot(abs(x) - 0.55, y) - 0.38,
-}
-
-
-def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
-    """Drawn shapes; colour, place, size, rotation, background and noise say nothing of the class.
-
-    Colours are pale: strong ones would tell images apart better than shapes do, and training would
-    learn little else.
-    """
-    rng = np.random.default_rng(seed)
-    labels = np.arange(count) % len(_FIGURES)
-
-    def draw(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
-
-    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled.
-    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    scale = draw(0.65, 0.95, 1, 1)
-    angle = draw(-np.pi / 2, np.pi / 2, 1, 1)
-    dx = grid - draw(-0.15, 0.15, 1, 1)
-    dy = grid[:, None] - draw(-0.15, 0.15, 1, 1)
-    x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
-    y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
-
-    distance = np.empty_like(x)
-    for label, figure in enumerate(_FIGURES.values()):
-        mine = labels == label
-        distance[mine] = figure(x[mine], y[mine])
-    in_pixels = distance * scale * size / 2  # the image is 2 wide, or `size` pixels
-    cover = np.clip(0.5 - in_pixels, 0, 1)[:, None]  # 0 outside, 1 within, a soft edge of a pixel
-    level = draw(0.15, 0.85, 1, 1, 1)
-    contrast = draw(0.3, 0.6, 1, 1, 1)
-    front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
-    back = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * x[:, None]
-    noise = 0.04 * rng.standard_normal(back.shape, np.float32)
-    image = back + (cover * (front - back) + noise)
-    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    return InMemory(torch.from_numpy(pixels), labels)
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -657,19 +658,6 @@ Sides = int | np.ndarray  # in pixels: one number for all images, or one for eac
 # What is random about a view: uniform numbers in [0, 1). `Augment.draw` draws each for all samples
 # before the next one, so that a number appended at the end, in _SINGLE, leaves the others as they
 # are.
-#
-# An operation takes place where its number is below its probability: u["flip"] < self.flip. To add
-# one, here with a random strength: fields in Augment, mine: float = 0.0 and weakest, strongest; at
-# the end of _SINGLE "mine" and "strength"; and in `apply`, before its loop and in it, beside the
-# others,
-#
-#     strength = self.weakest + u["strength"] * (self.strongest - self.weakest)
-#     strength = _to(np.float32(strength), device)
-#
-#     x = _change(_mine, u["mine"][rows] < self.mine, x, _select(strength, rows))
-#
-# where _mine(x, strength) gets the chosen samples, x (n, 3, h, w) in [0, 1] and strength (n,), and
-# returns new ones.
 _SINGLE = ("top", "left", "flip", "jitter", "order", "gray", "blur", "sigma", "solarize")
 NUMBERS = np.dtype(
     [
@@ -695,7 +683,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; if blur > 0, 3.5 sigma[1] + 2 is always enough: see _blur
+    size: int = 224  # pixels a side; if blur > 0, at least 3.5 sigma[1] + 2: see _blur
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -850,22 +838,36 @@ def _chunks(count: int, size: int, device: torch.device) -> list[slice]:
     return [slice(start, start + chunk) for start in range(0, count, chunk)]
 
 
-def _select(x: Tensor, rows: np.ndarray) -> Tensor:
-    """x[rows], without a copy where that is all of x as it is."""
-    if np.array_equal(rows, np.arange(len(x))):
+def _select(x: Tensor, places: np.ndarray) -> Tensor:
+    """x[places], without a copy where that is all of x as it is."""
+    if np.array_equal(places, np.arange(len(x))):
         return x
-    return x.index_select(0, _to(rows, x.device))
+    return x.index_select(0, _to(places, x.device))
 
 
 def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Tensor:
     """x with operation(x, *arguments) in place of the samples that are `chosen` (n,) bool."""
-    rows = np.flatnonzero(chosen)
-    if len(rows) == 0:
+    places = np.flatnonzero(chosen)
+    if len(places) == 0:
         return x
-    changed = operation(*(_select(t, rows) for t in (x, *arguments)))
-    if len(rows) == len(x):
+    changed = operation(*(_select(t, places) for t in (x, *arguments)))
+    if len(places) == len(x):
         return changed
-    return x.index_copy_(0, _to(rows, x.device), changed)
+    return x.index_copy_(0, _to(places, x.device), changed)
+
+
+# An operation takes place where its number is below its probability. To add one, here `_mine` with
+# a random strength: fields in Augment, mine: float = 0.0 and weakest, strongest; at the end of
+# _SINGLE the numbers "mine" and "strength"; and in `apply`, before its loop and then, after
+# _jitter, in it,
+#
+#     strength = self.weakest + u["strength"] * (self.strongest - self.weakest)
+#     strength = _to(np.float32(strength), device)
+#
+#     x = _change(_mine, u["mine"][rows] < self.mine, x, _select(strength, rows))
+#
+# where _mine(x, strength) gets the chosen samples, x (n, 3, h, w) in [0, 1] and strength (n,), and
+# returns new ones.
 
 
 def _crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -899,10 +901,10 @@ def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> 
     """Applies to each sample its operations in their order; x[k] is row rows[k] of the batch.
 
     order[row, turn] is the number of an operation, factors[row, number] its factor. In each of four
-    turns the samples are sorted by their next operation, which then works in place on a slice. If
-    the next of three samples are hue (3), brightness (0) and _NOTHING (4), they are sorted as
-    samples 1, 0, 2: brightness changes the first, hue the second, nothing the third. Returns the
-    samples as they were last sorted, and their rows.
+    turns x and factors, but not order, are sorted by their next operation, which then works in
+    place on a slice. If the next of three samples are hue (3), brightness (0) and _NOTHING (4),
+    they are sorted as samples 1, 0, 2: brightness changes the first, hue the second, nothing the
+    third. Returns the samples as they were last sorted, and their rows.
     """
     factors = _select(factors, rows)
     operations = (_brightness, _contrast, _saturation, _hue)
@@ -940,14 +942,16 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
 # All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. To
-# swap g and b negates this formula, and the textbook's hue too: case r becomes its own negative, g
-# that of b, b that of g. Hence it is enough to look at g >= b, where the sign is +:
+# swap g and b changes the sign of both: of this formula, as K is symmetric in g and b; of the
+# textbook's hue, as it negates case r and makes each of the cases g and b the negative of the
+# other.
+# Hence it is enough to look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
 #     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
 # K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
 #
-# Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]. (It is at most 2/3, so the other
-# way round the circle is at least 1/3 and need not be looked at.)
+# Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]. (|hue - h| is at most 2/3, so the
+# other way round the circle is at least 1/3 and need not be looked at.)
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
 # Green is M up to 1/6 from its own hue, 1/3, then falls to m at 1/3 from it; so does blue from 2/3.
 # Red is M at 1/3 and more from 1/2, and m up to 1/6 from it: hence the other signs. Of gray d is 0,
@@ -1039,8 +1043,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins), or W times
 # this rank's share of it (dimcl). The backward of `gather` sums the gradients of all L_r, and
 # DistributedDataParallel averages over the ranks, that is divides by W: what comes out is the
-# gradient of the mean. Rows used without `gather` have a gradient of L_r alone: no other rank's
-# loss has seen them. For example,
+# gradient of the mean. Rows used without `gather` have a gradient of L_r alone, rightly: no other
+# rank's loss has seen them. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1093,8 +1097,8 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
 
 
 # Below this temperature losses are computed in float64, because rounding errors are divided by the
-# temperature, and with logsumexp, because sums of exponentials would overflow: at .025 the greatest
-# is e^40, and a sum of a million of them e^54, where float32 holds up to e^88.
+# temperature, and with logsumexp, because sums of exponentials would overflow. At .025 they still
+# fit: the greatest is e^40, a sum of a million of them e^54, and float32 holds up to e^88.
 FLOAT32_OK = 0.025
 
 
@@ -1218,7 +1222,7 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
 
 
 def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
-    """-log(e^p / (e^p + S)) = log(1 + S / e^p), S the sum over the negatives, without e^p.
+    """-log(e^p / (e^p + S)) = log(1 + S / e^p), where S is the sum over the negatives alone.
 
     Thus a loss near 0 keeps its digits.
     """

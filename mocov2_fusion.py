@@ -29,13 +29,13 @@ T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, 
 counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
 Thus the images of a batch are mixed into each other, and with a kernel of 3 x 3 also neighbours in
 an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches.
-Rows follow each other without a border: after the end of a row, d + 1 and n + 1 are the start of
-the next one (for d after the last row: of the next colour). The layer learns from the loss, and is
-dropped after training.
+After the end of a row, n + 1 is the start of the next row of patches, and d + 1 that of the next
+row of the patch, or of the next colour. The layer learns from the loss, and is dropped after
+training.
 
 The loss must not fall without the images being compared. Three marks could tell a query its key:
 - The index in the batch. Conv has weights of its own for each, and could print a pattern of its own
-  on query i and on key i. In the queue only one key in B had this index and carries the pattern:
+  on query i and on key i. In the queue only one key in B was at index i and carries its pattern:
   nearly all negatives could be recognised without a look at the images. Therefore the images of the
   keys are put in a fresh random order, fused, and put back (`fuse`).
 - The statistics of batch norm in a batch of one rank. Therefore the ranks exchange images before
@@ -95,8 +95,9 @@ from torchvision.utils import save_image
 #   strengths. MOCO_V2 has published settings. The method `restore` undoes the normalisation.
 # - generator(*key) makes a torch.Generator whose numbers are a function of the key alone; a string
 #   in a key says what the numbers are for.
-# - info_nce normalises q and k, and returns the mean loss of this rank's queries. It computes its
-#   gradient in forward.
+# - info_nce(q, k, queue, temperature): row i of k is the positive of row i of q, the rows of the
+#   queue are the negatives of all. It normalises q and k, returns the mean loss of this rank's
+#   queries, and computes its gradient in forward, after which the queue may be overwritten.
 # - gather joins the rows of all ranks, and passes gradients on; here it is called for images and
 #   keys, which need none.
 from common import (
@@ -126,7 +127,8 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 #   cut to a tenth of the epochs, fusion_patch to a divisor of the image size, queue_size to at most
 #   two thirds of the images.
 # - A stem of None: `small` for views of up to 64 px, else `imagenet`.
-# - Without --image-size a view has the longest side of the images, up to 128 px, else 224.
+# - Without --image-size a view is as large as the longest side of the images if that is at most
+#   128 px, else 224.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -342,12 +344,12 @@ class Method(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
-        For a loss of your own:
+        For a loss of your own, in place of info_nce in `contrast`:
         - return on each rank a number whose mean over the ranks is the loss of all images;
         - if it compares images of all ranks: gather(z) of common.py makes (WORLD B, d) of (B, d);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
-        - change `chance_loss` in fit_method as well; it is only logged.
+        - change `chance_loss` in fit_method as well, which is for the log alone.
 
         Nothing else is needed: the backward of gather sums the gradients of all ranks' losses, and
         DistributedDataParallel divides by the number of ranks, so parameters get the gradient of
@@ -359,6 +361,7 @@ class Method(nn.Module):
         if self.args.symmetric:
             # queues[0] has keys of view 2, queues[1] of view 1. If they were one, the queries of x2
             # would meet the keys of x2, just added to it, as negatives: keys of their own images.
+            # Both directions have the same random orders, which does no harm.
             loss = (loss + self.contrast(x2, x1, step, self.queues[1])[0]) / 2
         to_log = {}
         if self.args.fusion_layers > 0:
@@ -370,8 +373,7 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Three groups: weights; biases and norms; the fusion layer. LARS adapts only weights.
 
-    As in MoCo, biases and norms decay too. `train` sets a group's rate to its peak times the
-    schedule, `build_optimizer` uses decay and adapt.
+    As in MoCo, biases and norms decay too.
 
     The fusion layer has a rate far below the backbone's. A fused image is a sum over B k^2 weights:
     at the backbone's rate the layer soon drowns each image in the others. How far the layer has
@@ -421,7 +423,7 @@ def fit_method(args: Namespace, settled: set[str]) -> None:
     if args.queue_size % args.batch_size or args.queue_size > args.images:
         fits = f"a multiple of the batch {args.batch_size}, up to the {args.images} images"
         refuse(f"--queue-size {args.queue_size} must be {fits}")
-    args.chance_loss = math.log(args.queue_size + 1)  # without information; logged in `args`
+    args.chance_loss = math.log(args.queue_size + 1)  # without information; for the log alone
 
 
 # ------------------------------------------------------------------------------------- training
@@ -463,6 +465,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
+        # DDP averages after each batch: right, as what is there from before is equal on all ranks.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -577,8 +580,8 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # So an epoch is not always a pass of `Batches` over the images, and a pass may begin in the
-    # middle of an epoch, which does no harm.
+    # Whole updates: with --accumulate an epoch may be shorter than a pass of `Batches` over the
+    # images. Then a pass may begin in the middle of an epoch, which does no harm.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -586,11 +589,11 @@ def configure() -> tuple[Namespace, Data]:
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
 
-    folder = Path(args.data).resolve()  # for a named data set it is only a name
+    folder = Path(args.data).resolve()  # for a named data set only a name
     if args.run_dir is None:
         args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
-    if Path(args.run_dir).resolve().is_relative_to(folder):
+    if folder.is_dir() and Path(args.run_dir).resolve().is_relative_to(folder):
         refuse(f"--run-dir {args.run_dir} lies in the image folder: its pictures would be images")
     return args, data
 
@@ -605,7 +608,7 @@ def join_ranks() -> None:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            # Each machine counts its own restarts, and the prefix below would differ.
+            # Each machine counts its own restarts: the prefix below, this count, would differ.
             refuse("--max-restarts works on one machine only: start the command again instead")
         try:
             store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
@@ -773,7 +776,7 @@ class Log:
         try:
             print(f"{event}, step {step}:", ", ".join(shown), flush=True)
         except OSError:
-            if not STOP:  # Ctrl-C has ended `tee` as well, SIGHUP the terminal: then save
+            if not STOP:  # Ctrl-C may have ended a `tee` too, SIGHUP the terminal: go on, to save
                 raise
 
 
@@ -887,7 +890,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     y, y_val = (torch.from_numpy(part.labels).to(DEVICE) for part in (data.train, data.val))
     std, mean = torch.std_mean(x, 0, correction=0)
     # A feature may be constant on train but not on val, where it would be huge with a std of nearly
-    # 0, and decide alone with a weight that nothing has trained: hence a least std, and weights 0.
+    # 0, and decide alone with a weight that nothing has trained: hence a least std, and weights
+    # that start at 0.
     std = std.clamp(min=0.01 * std.mean()) + 1e-6
     for raw in (x, x_val):
         raw.sub_(mean).div_(std)  # in place: those of ImageNet are 10 GB
@@ -1013,8 +1017,8 @@ def end_with_torchrun() -> None:
 
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send a signal twice: its ranks heed only STOP[0]
-        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
+    if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
+        set_signals(signal.SIG_DFL)  # without it a second signal ends the run at once
 
 
 def set_signals(handler: object) -> None:
