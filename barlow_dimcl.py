@@ -315,8 +315,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # Saved is the first update at or after each multiple of --save-every: with 10, and
-        # --accumulate 4, at 12, 20, 32, ...
+        # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32)
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
         stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
         if stop or save_due or done % args.epoch_steps == 0:
