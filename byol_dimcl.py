@@ -59,9 +59,9 @@ from torchvision.utils import save_image
 # - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
 #   yields for a step the indices of this rank's images and a list of their views, one for each
 #   recipe: (batch / world, 3, size, size). They are functions of the step's number, seed and batch.
-#   Each pass draws a new random order of images and cuts it into whole batches; the rest
-#   is left out. Without a seed: centre crops of all images in their order, for evaluation, the last
-#   batch smaller.
+#   Each pass draws a new random order of images and cuts it into whole batches; the rest is left
+#   out. Without a seed: centre crops of all images in their order, for evaluation, the last batch
+#   smaller.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
