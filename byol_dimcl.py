@@ -313,12 +313,12 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             save_views(run / "views.png", views)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
-        # Dropout, if the network has it, is a function of the step too, as all that is random.
+        # Dropout, if the network has it, is a function of the step, as all that is random.
         torch.manual_seed(args.seed + step * WORLD + RANK)
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages after each batch: right, as what is there from before is equal on all ranks.
+        # DDP averages .grad after each batch; what earlier ones left there is equal on all ranks.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -460,7 +460,7 @@ def join_ranks() -> None:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            # Each machine counts its own restarts: the prefix below, this count, would differ.
+            # Each machine counts its own restarts, so the prefix made of this count would differ.
             refuse("--max-restarts works on one machine only: start the command again instead")
         try:
             store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
@@ -628,7 +628,8 @@ class Log:
         try:
             print(f"{event}, step {step}:", ", ".join(shown), flush=True)
         except OSError:
-            if not STOP:  # Ctrl-C may have ended a `tee` too, SIGHUP the terminal: go on, to save
+            # After Ctrl-C a `tee` may have ended too, after SIGHUP the terminal: go on, to save.
+            if not STOP:
                 raise
 
 
@@ -726,7 +727,7 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
             x[rows] = backbone(view).float()
     backbone.train()
     x = sum_over_ranks(x)  # each row is 0 on all ranks but one
-    if not x.sum(1).isfinite().all():  # of x itself it would take twice the memory of x
+    if not x.sum(1).isfinite().all():  # x.isfinite() would take twice the memory of x
         refuse("the features are not finite: the weights are damaged, or --precision is too low")
     return x
 
@@ -870,7 +871,7 @@ def end_with_torchrun() -> None:
 def note_signal(number: int, _: object) -> None:
     STOP.append(number)
     if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
-        set_signals(signal.SIG_DFL)  # without it a second signal ends the run at once
+        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
 
 
 def set_signals(handler: object) -> None:

@@ -282,8 +282,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 #                 return _decode(file.read(os.fsdecode(self.files[index])))
 #
 # decode is called in the trainer, also in threads (by _hold), and afterwards in data workers, which
-# are other processes. So a handle that stays open must be one of each process and thread, kept
-# outside of the object, which may be pickled. For another file format: ENDINGS and _decode.
+# are other processes. So don't keep an open handle in self, which may be pickled: keep one for each
+# process and thread. For another file format: ENDINGS and _decode.
 
 
 def _train_and_val(folder: Path) -> Data:
@@ -386,7 +386,7 @@ def _archive(name: str, root: str) -> Data:
     if rank == 0:
         try:
             kind(root, download=True)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # of whatever kind: the others are waiting
             reason = str(error) or type(error).__name__
     failed = torch.tensor(int(reason != ""))
     if world > 1:
@@ -594,9 +594,9 @@ class Batches(torch.utils.data.Dataset):
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(loader)
-            # With workers torch has now installed a handler that raises when one of them dies, in
-            # whatever line the trainer is. With the handler of before, the loader raises here, when
-            # it next waits for a batch.
+            # With workers torch has now installed a handler that raises when one of them dies,
+            # wherever the trainer is. Put back the old one: then the loader raises, here, when it
+            # next waits for a batch.
             if signal.getsignal(signal.SIGCHLD) is not handler:
                 signal.signal(signal.SIGCHLD, handler)
             yield from batches
@@ -642,8 +642,8 @@ class Batches(torch.utils.data.Dataset):
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # image[None], as decoders give colours innermost, has the strides (3, 1, 3 W, 3). Made from
-    # (1, H, W, 3), the first is 3 H W: so interpolate knows it as channels_last, which is faster.
+    # A decoded image has its colours innermost. As image[None] it would have 3 as its first stride,
+    # where channels_last has 3 H W, and interpolate would be slower.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -683,7 +683,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; if blur > 0, at least 3.5 sigma[1] + 2: see _blur
+    size: int = 224  # pixels a side; if blur > 0, at least 3.5 sigma[1] + 2, or _blur may raise
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -694,7 +694,7 @@ class Augment:
     hue: float = 0.2  # shift from -hue to hue, in turns of the colour circle; at most 0.5
     gray: float = 0.2  # probability
     blur: float = 0.5  # probability
-    sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in pixels
+    sigma: tuple[float, float] = (0.1, 2.0)  # of the blur, in pixels, greater than 0
     solarize: float = 0.0  # probability; inverts what is at least 1/2
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -857,12 +857,15 @@ def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Ten
 
 
 # An operation takes place where its number is below its probability. To add one, here `_mine` with
-# a random strength: fields in Augment, mine: float = 0.0 and weakest, strongest; at the end of
-# _SINGLE the numbers "mine" and "strength"; and in `apply`, before its loop and then, after
-# _jitter, in it,
+# a random strength:
+# 1. fields in Augment: mine: float = 0.0, its probability, and weakest, strongest;
+# 2. at the end of _SINGLE the numbers "mine" and "strength";
+# 3. in `apply`, before the loop,
 #
 #     strength = self.weakest + u["strength"] * (self.strongest - self.weakest)
 #     strength = _to(np.float32(strength), device)
+#
+# 4. in its loop, after _jitter,
 #
 #     x = _change(_mine, u["mine"][rows] < self.mine, x, _select(strength, rows))
 #
@@ -942,10 +945,9 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
 # All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. To
-# swap g and b changes the sign of both: of this formula, as K is symmetric in g and b; of the
-# textbook's hue, as it negates case r and makes each of the cases g and b the negative of the
-# other.
-# Hence it is enough to look at g >= b, where the sign is +:
+# swap g and b negates this formula, as K is symmetric in g and b. It also negates the textbook's:
+# case r changes its sign, and cases g and b turn into each other's negative. Hence it is enough to
+# look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
 #     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
 # K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
@@ -1013,8 +1015,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size  # the last block is filled up
-    # F.pad raises if a mirrored edge is not less than size. As radius <= 3.3 sigma[1] + 1 and
-    # blocks * block - size <= size / 32, a size of 3.5 sigma[1] + 2 is enough.
+    # F.pad raises unless end = radius + (blocks * block - size) < size. The radius is less than
+    # 3.3 sigma[1] + 1, the bracket less than size / 32: a size of 3.5 sigma[1] + 2 is enough.
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Now x is (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together.
     # Along the height,
@@ -1043,8 +1045,9 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins), or W times
 # this rank's share of it (dimcl). The backward of `gather` sums the gradients of all L_r, and
 # DistributedDataParallel averages over the ranks, that is divides by W: what comes out is the
-# gradient of the mean. Rows used without `gather` have a gradient of L_r alone, rightly: no other
-# rank's loss has seen them. For example,
+# gradient of the mean. A use of rows
+# without `gather`, as of z below, adds the gradient of L_r alone, rightly: it is in no other loss.
+# For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1097,8 +1100,8 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
 
 
 # Below this temperature losses are computed in float64, because rounding errors are divided by the
-# temperature, and with logsumexp, because sums of exponentials would overflow. At .025 they still
-# fit: the greatest is e^40, a sum of a million of them e^54, and float32 holds up to e^88.
+# temperature, and by logsumexp, because sums of exponentials overflow float32, which ends at e^88.
+# At .025 an exponential is at most e^40, and a million of them e^54.
 FLOAT32_OK = 0.025
 
 
