@@ -3,7 +3,7 @@
     python barlow_dimcl.py                                          # drawn shapes, any CPU
     python barlow_dimcl.py --data cifar10                           # downloads
     python barlow_dimcl.py --data path/to/images                    # class folders or none
-    torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, published recipe
+    torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, 8 GPUs
     python barlow_dimcl.py --eval runs/NAME/backbone.pt --data ...  # no training
 
 The same command again continues where the last run stopped; --dimcl-weight 0 is plain Barlow Twins.
@@ -57,7 +57,7 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
 #   yields for a step the indices of this rank's images and a list of their views, one for each
-#   recipe: (batch / world, 3, size, size). They are functions of the step's number, seed and batch.
+#   recipe: (batch / world, 3, size, size). They depend on the step's number, seed and batch alone.
 #   Each pass draws a new random order of images and cuts it into whole batches; the rest is left
 #   out. Without a seed: centre crops of all images in their order, for evaluation, the last batch
 #   smaller.
@@ -139,7 +139,7 @@ flag("--redundancy-weight", type=float, default=0.0051, help="lambda of Barlow T
 flag("--barlow-scale", type=float, help="s, the factor of Barlow's loss")
 flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL; 0: plain Barlow Twins")
 flag("--dimcl-temperature", type=float, default=0.1, help="of DimCL's NT-Xent")
-# The flags below are the same in all five scripts.
+# The flags below are the same in all five scripts of this project.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
 flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
@@ -298,7 +298,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad after each batch; what earlier ones left there is equal on all ranks.
+        # DDP averages .grad after each batch; what was there is equal on all ranks and so stays.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -339,6 +339,7 @@ def main() -> None:
     if args.precision == "fp16" and not CUDA:
         log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
     if args.eval:
+        log("args", 0, **vars(args), device=str(DEVICE))
         with readable(Path(args.eval)):
             backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
@@ -440,7 +441,7 @@ def join_ranks() -> None:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            # Each machine counts its own restarts, so the prefix made of this count would differ.
+            # Each machine counts its own restarts, so the prefix below would differ.
             refuse("--max-restarts works on one machine only: start the command again instead")
         try:
             store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
@@ -834,11 +835,11 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def give_way() -> None:
-    """Ends silently by torchrun's signal, if another rank has ended; else returns."""
+    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
     if STOP:  # it has come already
         sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)  # it would end this rank in the next five seconds
-    time.sleep(5)
+    set_signals(signal.SIG_DFL)
+    time.sleep(5)  # it has not come: no other rank has ended
 
 
 def end_with_torchrun() -> None:

@@ -371,7 +371,7 @@ def _hold(images: OnDisk) -> Images:
         for i, (image, unreadable) in enumerate(decoded):
             if image.shape != pixels.shape[1:]:
                 pool.shutdown(cancel_futures=True)
-                return images  # unreadable ones are named when they are shown
+                return images  # not of one size; unreadable ones are named when they are shown
             pixels[i] = image
             broken.update(unreadable)
     images.note_broken(broken)
@@ -730,7 +730,7 @@ class Augment:
         # kernel_size = 2 radius + 1.
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
         out = torch.empty(count, 3, self.size, self.size, device=device)
-        # Nothing here gains from autocast, and index_copy_ would meet two dtypes.
+        # Autocast would make the products of _crop and _blur half, and index_copy_ raise.
         with torch.autocast(device.type, enabled=False):
             for part in _chunks(count, self.size, device):
                 rows = np.arange(count)[part]
@@ -949,7 +949,7 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # case r changes its sign, and cases g and b turn into each other's negative. Hence it is enough to
 # look at g >= b, where the sign is +:
 #     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
-#     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: (g - b) / 6d.
+#     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: K is (g - b) / 6d.
 # K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
 #
 # Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]. (|hue - h| is at most 2/3, so the
@@ -1045,9 +1045,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins), or W times
 # this rank's share of it (dimcl). The backward of `gather` sums the gradients of all L_r, and
 # DistributedDataParallel averages over the ranks, that is divides by W: what comes out is the
-# gradient of the mean. A use of rows
-# without `gather`, as of z below, adds the gradient of L_r alone, rightly: it is in no other loss.
-# For example,
+# gradient of the mean. A use of rows without `gather`, as of z below, adds the gradient of L_r
+# alone, rightly: it is in no other loss. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1099,9 +1098,9 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# Below this temperature losses are computed in float64, because rounding errors are divided by the
-# temperature, and by logsumexp, because sums of exponentials overflow float32, which ends at e^88.
-# At .025 an exponential is at most e^40, and a million of them e^54.
+# Below this temperature losses are computed in float64, as rounding errors are divided by the
+# temperature. They also use logsumexp, as sums of exponentials overflow float32, at e^88: at .025
+# an exponential is at most e^40, and a million of them e^54.
 FLOAT32_OK = 0.025
 
 

@@ -3,7 +3,7 @@
     python mocov2_fusion.py                                          # drawn shapes, any CPU
     python mocov2_fusion.py --data cifar10                           # downloads
     python mocov2_fusion.py --data path/to/images                    # class folders or none
-    torchrun --nproc_per_node=8 mocov2_fusion.py --data imagenet     # ResNet-50, published recipe
+    torchrun --nproc_per_node=8 mocov2_fusion.py --data imagenet     # ResNet-50, 8 GPUs
     python mocov2_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
 The same command again continues where the last run stopped; --fusion-layers 0 is plain MoCo v2.
@@ -34,8 +34,8 @@ row of the patch, or of the next colour. The layer learns from the loss, and is 
 training.
 
 The loss must not fall without the images being compared. Three marks could tell a query its key:
-- The index in the batch. Conv has weights of its own for each, and could print a pattern of its own
-  on query i and on key i. In the queue only one key in B was at index i and carries its pattern:
+- The index in the batch. Conv has weights of its own for each index, and could print a pattern i on
+  query i and on key i. In the queue only one key in B was at index i and carries this pattern:
   nearly all negatives could be recognised without a look at the images. Therefore the images of the
   keys are put in a fresh random order, fused, and put back (`fuse`).
 - The statistics of batch norm in a batch of one rank. Therefore the ranks exchange images before
@@ -86,7 +86,7 @@ from torchvision.utils import save_image
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 # - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
 #   yields for a step the indices of this rank's images and a list of their views, one for each
-#   recipe: (batch / world, 3, size, size). They are functions of the step's number, seed and batch.
+#   recipe: (batch / world, 3, size, size). They depend on the step's number, seed and batch alone.
 #   Each pass draws a new random order of images and cuts it into whole batches; the rest is left
 #   out. Without a seed: centre crops of all images in their order, for evaluation, the last batch
 #   smaller.
@@ -174,7 +174,7 @@ flag("--fusion-patch", type=int, help="side of a patch in pixels")
 flag("--fusion-kernel", type=int, default=3, help="side of the convolution, odd")
 flag("--fusion-lr", type=float, help="not scaled by the batch; default: lr / 1000, adamw: lr / 100")
 flag("--fusion-shuffle", action=ON_OFF, default=True, help="without it the layer can cheat")
-# The flags below are the same in all five scripts.
+# The flags below are the same in all five scripts of this project.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
 flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
@@ -466,7 +466,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad after each batch; what earlier ones left there is equal on all ranks.
+        # DDP averages .grad after each batch; what was there is equal on all ranks and so stays.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -507,6 +507,7 @@ def main() -> None:
     if args.precision == "fp16" and not CUDA:
         log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
     if args.eval:
+        log("args", 0, **vars(args), device=str(DEVICE))
         with readable(Path(args.eval)):
             backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
@@ -608,7 +609,7 @@ def join_ranks() -> None:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            # Each machine counts its own restarts, so the prefix made of this count would differ.
+            # Each machine counts its own restarts, so the prefix below would differ.
             refuse("--max-restarts works on one machine only: start the command again instead")
         try:
             store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
@@ -1002,11 +1003,11 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def give_way() -> None:
-    """Ends silently by torchrun's signal, if another rank has ended; else returns."""
+    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
     if STOP:  # it has come already
         sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)  # it would end this rank in the next five seconds
-    time.sleep(5)
+    set_signals(signal.SIG_DFL)
+    time.sleep(5)  # it has not come: no other rank has ended
 
 
 def end_with_torchrun() -> None:
