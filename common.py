@@ -211,9 +211,7 @@ def _decode_by_pillow(content: bytes) -> Tensor:
 
     with Image.open(io.BytesIO(content)) as image:
         if image.format == "TIFF" and image.mode in ("I", "F"):
-            raise ValueError(
-                "32 bits a pixel: their range is unknown, convert them to 8 or 16 bits"
-            )
+            raise ValueError("32 bits a pixel, of unknown range: convert to 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip to white
             gray = (np.asarray(image) >> 8).astype(np.uint8)
             return torch.from_numpy(gray).repeat(3, 1, 1)
