@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=8 simclr_fusion.py --data imagenet     # ResNet-50, 8 GPUs
     python simclr_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues where the last run stopped; --fusion-layers 0 is plain SimCLR.
+The same command again continues where the last run stopped. After a change of the code give a new
+--run-dir. --fusion-layers 0 is plain SimCLR.
 
 Method. Two random views of each of the B images of a rank pass the fusion layer, the backbone f and
 the projector g: z = g(f(fuse(x))). The loss is NT-Xent(z1, z2).
@@ -58,7 +59,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -178,7 +178,7 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 #   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update);
 # - fit_method: fusion_lr, fusion_patch (fitted), fusion_batch (the images of a rank); chance_loss,
 #   for the log alone;
-# - configure, at last: run_dir.
+# - configure, at last: views (both recipes as texts), run_dir.
 # `settled` holds the names of flags that are given or have a default other than None: these stay.
 
 
@@ -347,7 +347,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = Path(args.run_dir)
     start = resume(run / "checkpoint.pt", args, parts)
-    log("args", start, **vars(args), device=str(DEVICE), views=[str(r) for r in recipes(args)])
+    log("args", start, **vars(args), device=str(DEVICE))
     if args.compile:
         for part in model.children():  # backbone, projector and what else Method has
             # Not part.compile(), which in older torch leaves nn.Sequential as it is.
@@ -413,8 +413,6 @@ def main() -> None:
     log = Log(args)
     if data.train is None:
         log("warning", 0, text="the images have no labels: no linear probe")
-    if args.precision == "fp16" and not CUDA:
-        log("warning", 0, text="fp16 is slow on CPUs: use fp32 or bf16")
     if args.eval:
         log("args", 0, **vars(args), device=str(DEVICE))
         with readable(Path(args.eval)):
@@ -498,6 +496,7 @@ def configure() -> tuple[Namespace, Data]:
     scale = math.sqrt(update / 256) if args.optimizer == "adamw" else update / 256
     args.peak_lr = args.lr * scale
     fit_method(args, settled)
+    args.views = [str(recipe) for recipe in recipes(args)]
 
     folder = Path(args.data).resolve()  # for a named data set only a name
     if args.run_dir is None:
@@ -514,22 +513,14 @@ def join_ranks() -> None:
         if DEVICE.index >= torch.cuda.device_count():
             refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", code=1)
         torch.cuda.set_device(DEVICE)
-    if "RANK" in os.environ or WORLD > 1:
-        threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-        if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            # Each machine counts its own restarts, so the prefix below would differ.
-            refuse("--max-restarts works on one machine only: start the command again instead")
-        try:
-            store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
-        except ValueError as error:
-            refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        # init_process_group would take this store by itself. But after a restart (--max-restarts)
-        # it may still hold the addresses of the dead ranks (seen with --standalone), and the new
-        # ranks would wait for them. So each start has a prefix of its own.
+    if "RANK" in os.environ:
+        threading.Thread(target=end_with_torchrun, daemon=True).start()
+        # init_process_group() alone would do, but for --max-restarts: torchrun's store, where the
+        # ranks find each other, may still hold the addresses of those before. So each start has a
+        # prefix of its own. (On several machines these may differ: there use no --max-restarts.)
+        store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
-        dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
+        dist.init_process_group(store=store, rank=RANK, world_size=WORLD)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -886,12 +877,9 @@ def log_progress(
         log("warning", done, text="collapse: nearly the same embedding for all images")
 
 
-# How a run ends. As soon as one rank has ended with a code other than 0, torchrun sends the others
-# of its machine a signal.
-# - Wrong use (code 2) or a failure (code 1) may be found by one rank or by all. Local rank 0 prints
-#   its line and ends. The others give torchrun five seconds to end them, and only then print
-#   theirs.
-# - A signal. Before and after training there is nothing to save, and signals do what they do by
+# How a run ends.
+# - By an error: `refuse`. As soon as one rank has ended, torchrun ends the others of its machine.
+# - By a signal. Before and after training there is nothing to save, and signals do what they do by
 #   default. In training it has to wait for the next update of the weights:
 #   1. its handler, `note_signal`, only puts its number into STOP;
 #   2. after each update `asked_to_stop` finds out whether any rank has received a signal;
@@ -902,25 +890,16 @@ PARENT = os.getppid()
 
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
-    if LOCAL_RANK > 0:
-        give_way()  # the first rank may have printed the same
+    if LOCAL_RANK > 0:  # rank 0 may have printed the same: then torchrun ends this one meanwhile
+        set_signals(signal.SIG_DFL)
+        time.sleep(5)
     line = " ".join(f"{Path(__file__).name}: {message}".split())
-    # A file's name may hold characters that control the terminal.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def give_way() -> None:
-    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
-    if STOP:  # it has come already
-        sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)
-    time.sleep(5)  # it has not come: no other rank has ended
-
-
 def end_with_torchrun() -> None:
-    """In a thread: if torchrun is killed, nobody else would send its ranks a signal."""
+    """In a thread: if torchrun is killed, nobody else would send this rank a signal."""
     while os.getppid() == PARENT:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -957,13 +936,5 @@ if __name__ == "__main__":
         main()
     except (DataError, OSError, ImportError) as error:
         refuse(str(error), code=1)
-    except RuntimeError as error:
-        # What torch says when memory is too small, or a size in bytes too great for an integer.
-        said = str(error).lower()
-        if "alloc" in said or "out of memory" in said or "storage size" in said:
-            refuse(f"{error}: lower --batch-size or --image-size", code=1)
-        if WORLD > 1:
-            give_way()  # the error may be that another rank is gone
-        raise
     if dist.is_initialized():
         dist.destroy_process_group()
