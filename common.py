@@ -121,8 +121,8 @@ class OnDisk:
         self.folder = os.fsencode(folder)
         self.files = files
         self.labels = labels
-        # Files found unreadable, and of how many. What `take` gives shares both, so that a file
-        # counts and is named once.
+        # Files found unreadable, and of how many. `take` passes both on, so that a file that is in
+        # several parts of a folder counts and is named once.
         self.broken: set[bytes] = set()
         self.total = len(files)
 
@@ -316,8 +316,8 @@ def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
     if not files:
         raise DataError(f"no images in {str(folder)!r}: looked for {', '.join(ENDINGS)}")
     folders, labels = np.unique([os.path.dirname(file) for file in files], return_inverse=True)
-    # Dropped: "", which is `folder` itself, and folders within folders. If none is dropped, every
-    # image lies in a class.
+    # `folders` are those that hold images. Classes are all but "", which is `folder` itself, and
+    # folders within folders.
     classes = [os.fsdecode(name) for name in folders if name and b"/" not in name]
     all_in_classes = len(classes) == len(folders)
     if len(classes) > 1 and all_in_classes:
@@ -416,6 +416,170 @@ def _read_archive(kind: type, root: str) -> Data:
     return Data(train, train, val)
 
 
+@lru_cache(maxsize=1)  # made once an epoch, not at each step: there may be millions of images
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
+
+
+def _start_worker(_: int) -> None:
+    """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
+
+    A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
+    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and ends ten
+    seconds after SIGTERM (by SIGALRM), by which torch ends workers that hang. If the trainer dies,
+    torch ends the worker within seconds.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+@dataclass
+class Batches(torch.utils.data.Dataset):
+    """The batches of a run: step -> images -> views.
+
+    With a seed, for training: random views, a pure function of (seed, step, view). An epoch is
+    N // batch_size steps, which show the images in its own random order; the remainder is left out.
+    Rank r takes the r-th of `world` equal consecutive shares of each batch. batch_size must be a
+    multiple of `world` and at most N: the trainers check it.
+
+    Without a seed, for evaluation: centre crops of all images in their order, the last batch
+    smaller. Every rank gets the whole batch.
+
+    Views of images in memory are made on the device, by Augment.apply. Images on disk are cropped
+    by a worker, in __getitem__, and finished on the device, by Augment.finish.
+    """
+
+    images: Images
+    recipes: Sequence["Augment"]  # one for each view
+    batch_size: int  # of all ranks together
+    seed: int | None = None
+    rank: int = 0  # this process's; told by the trainer, as a worker has no process group
+    world: int = 1
+
+    def rows(self, step: int) -> np.ndarray:
+        """Which images this rank shows at `step`."""
+        if self.seed is None:
+            start = step * self.batch_size
+            return np.arange(start, min(start + self.batch_size, len(self.images)))
+        epoch, place = divmod(step, len(self.images) // self.batch_size)
+        order = _epoch_order(len(self.images), self.seed, epoch)
+        start = place * self.batch_size
+        return order[start : start + self.batch_size][self._share()]
+
+    def _share(self) -> slice:
+        share = self.batch_size // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def _numbers(self, step: int) -> list[np.ndarray | None]:
+        """The random numbers of this rank's samples, for each view; None for a centre crop."""
+        if self.seed is None:
+            return [None] * len(self.recipes)
+        numbers = []
+        for view, recipe in enumerate(self.recipes):
+            # Drawn for the whole batch, which is thus the same for any number of ranks.
+            drawn = recipe.draw(self.batch_size, generator(self.seed, "view", step, view))
+            numbers.append(drawn[self._share()])
+        return numbers
+
+    def stream(self, steps: Sequence[int], device: torch.device, workers: int = 0) -> Iterator:
+        """Yields for each step the image indices (B,), those of `rows`, and a list of the views.
+
+        A view, one for each recipe, is (B, 3, size, size) float32, normalised. Images in memory
+        move to `device` for good. Images on disk are decoded by `workers` processes, which work
+        ahead without a pause between epochs; a worker that fails or dies is a DataError here.
+        """
+        if isinstance(self.images, InMemory):
+            self.images.pixels = self.images.pixels.to(device)
+            for step in steps:
+                rows = self.rows(step)
+                images = self.images.pixels.index_select(0, _to(rows, device))
+                pairs = zip(self.recipes, self._numbers(step), strict=True)
+                yield rows, [recipe.apply(images, u) for recipe, u in pairs]
+            return
+        loaded = self._load(steps, workers, pin_memory=device.type == "cuda")
+        for step, (crops, unreadable) in zip(steps, loaded, strict=True):
+            self.images.note_broken(unreadable)
+            crops = [crop.to(device, non_blocking=True) for crop in crops]
+            numbers = self._numbers(step)  # drawn again, the same as in the worker
+            triples = zip(self.recipes, crops, numbers, strict=True)
+            yield self.rows(step), [recipe.finish(x, u) for recipe, x, u in triples]
+
+    def _load(self, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
+        """self[step] of each step, made by worker processes, or by this one if workers is 0.
+
+        To the DataLoader an item of this data set is a whole batch, and its index is the step.
+        """
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            worker_init_fn=_start_worker,
+            pin_memory=pin_memory,
+        )
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            batches = iter(loader)
+            # With workers torch has now installed a handler that raises when one of them dies,
+            # wherever the trainer is. Put back the old one: then the loader raises, here, when it
+            # next waits for a batch.
+            if signal.getsignal(signal.SIGCHLD) is not handler:
+                signal.signal(signal.SIGCHLD, handler)
+            yield from batches
+        except Exception as error:
+            # A worker's error keeps its type, but its text is the worker's traceback, whose last
+            # line is as "common.DataError: what happened". Without workers it is "what happened".
+            text = str(error).strip() or repr(error)
+            line = text.splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+            if not isinstance(error, DataError):
+                hint = "a data worker killed, or out of memory? (fewer --workers need less)"
+                line = f"loading images failed ({line}): {hint}"
+            raise DataError(line) from error
+
+    def __getitem__(self, step: int) -> tuple[list[Tensor], dict[int, str]]:
+        """A worker's part for images on disk: decodes a file once and crops it for all its views.
+
+        Returns for each recipe (B, 3, size, size) uint8, and the unreadable images, as `read` does.
+        Colours are innermost in memory, as decoders and resizing have them.
+        """
+        rows = self.rows(step)
+        numbers = self._numbers(step)
+        shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in self.recipes]
+        crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
+        unreadable = {}
+        for start in range(0, len(rows), 8):  # a few at a time, because decoded images are large
+            part = slice(start, start + 8)
+            images = []
+            for row in rows[part]:
+                image, bad = self.images.read(int(row))
+                images.append(image)
+                unreadable.update(bad)
+            heights, widths = np.array([image.shape[1:] for image in images]).T
+            for recipe, u, out in zip(self.recipes, numbers, crops, strict=True):
+                if self.seed is None:
+                    boxes, flips = recipe.centre_boxes(heights, widths)
+                else:
+                    boxes, flips = recipe.boxes(u[part], heights, widths)
+                for image, box, flip, crop in zip(images, boxes, flips, out[part], strict=True):
+                    _crop_bytes(image, box, flip, crop)
+        return [crop.permute(0, 3, 1, 2) for crop in crops], unreadable
+
+
+def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
+    """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
+    top, left, height, width = box.tolist()
+    # A decoded image has its colours innermost. [None] comes after the permute: there the new
+    # dimension gets the stride 3 H W of channels_last (image[None] has 3), and interpolate is
+    # faster.
+    view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    view = view[:, :, top : top + height, left : left + width]
+    view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
+    view = view[0].permute(1, 2, 0)
+    out.copy_(view.flip(1) if flip else view)
+
+
 # The ten classes of drawn shapes: roughly how far (x, y) is from the edge, negative within.
 
 
@@ -472,181 +636,6 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
     image = back + (cover * (front - back) + noise)
     pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     return InMemory(torch.from_numpy(pixels), labels)
-
-
-@lru_cache(maxsize=1)  # made once an epoch, not at each step: there may be millions of images
-def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
-
-
-def _start_worker(_: int) -> None:
-    """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
-
-    A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
-    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and after
-    SIGTERM, by which torch ends workers that hang, it lives for ten seconds more. If the trainer
-    dies, torch ends the worker within seconds.
-    """
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
-@dataclass
-class Batches(torch.utils.data.Dataset):
-    """The batches of a run: step -> images -> views.
-
-    With a seed, for training: random views, a pure function of (seed, step, view). An epoch is
-    N // batch_size steps, which show the images in its own random order; the remainder is left out.
-    Rank r takes the r-th of `world` equal consecutive shares of each batch. batch_size must be a
-    multiple of `world` and at most N: the trainers check it.
-
-    Without a seed, for evaluation: centre crops of all images in their order, the last batch
-    smaller. Every rank gets the whole batch.
-
-    Who crops, and who does the rest:
-    in memory, training:    all of it by Augment.apply, on the device
-    in memory, evaluation:  all of it by Augment.centre, on the device
-    on disk, training:      crops by a worker in __getitem__, the rest by Augment.apply
-    on disk, evaluation:    crops by a worker in __getitem__, the rest by Augment.normalise
-    """
-
-    images: Images
-    recipes: Sequence["Augment"]  # one for each view
-    batch_size: int  # of all ranks together
-    seed: int | None = None
-    rank: int = 0  # this process's; told by the trainer, as a worker has no process group
-    world: int = 1
-
-    def rows(self, step: int) -> np.ndarray:
-        """Which images this rank shows at `step`."""
-        if self.seed is None:
-            start = step * self.batch_size
-            return np.arange(start, min(start + self.batch_size, len(self.images)))
-        epoch, place = divmod(step, len(self.images) // self.batch_size)
-        order = _epoch_order(len(self.images), self.seed, epoch)
-        start = place * self.batch_size
-        return order[start : start + self.batch_size][self._share()]
-
-    def _share(self) -> slice:
-        share = self.batch_size // self.world
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-    def _numbers(self, step: int) -> list[np.ndarray | None]:
-        """The random numbers of this rank's samples, for each view; without a seed None."""
-        if self.seed is None:
-            return [None] * len(self.recipes)
-        numbers = []
-        for view, recipe in enumerate(self.recipes):
-            # Drawn for the whole batch, which is thus the same for any number of ranks.
-            drawn = recipe.draw(self.batch_size, generator(self.seed, "view", step, view))
-            numbers.append(drawn[self._share()])
-        return numbers
-
-    def stream(self, steps: Sequence[int], device: torch.device, workers: int = 0) -> Iterator:
-        """Yields for each step the image indices (B,), those of `rows`, and a list of the views.
-
-        A view, one for each recipe, is (B, 3, size, size) float32, normalised. Images in memory
-        move to `device` for good. Images on disk are decoded by `workers` processes, which work
-        ahead without a pause between epochs; a worker that fails or dies is a DataError here.
-        """
-        on_disk = isinstance(self.images, OnDisk)
-        if on_disk:
-            loaded = self._load(steps, workers, pin_memory=device.type == "cuda")
-        else:
-            self.images.pixels = self.images.pixels.to(device)
-        for step in steps:
-            rows = self.rows(step)
-            if on_disk:
-                crops, unreadable = next(loaded)
-                self.images.note_broken(unreadable)
-                images = [crop.to(device, non_blocking=True) for crop in crops]
-            else:
-                pixels = self.images.pixels.index_select(0, _to(rows, device))
-                images = [pixels] * len(self.recipes)
-            numbers = self._numbers(step)  # on disk: drawn again, the same as in the worker
-            views = []
-            for recipe, x, u in zip(self.recipes, images, numbers, strict=True):
-                if self.seed is not None:
-                    views.append(recipe.apply(x, u, cropped=on_disk))
-                elif on_disk:  # the worker has cropped them
-                    views.append(recipe.normalise(x.float() / 255))
-                else:
-                    views.append(recipe.centre(x))
-            yield rows, views
-
-    def _load(self, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
-        """self[step] of each step, made by worker processes, or by this one if workers is 0.
-
-        To the DataLoader an item of this data set is a whole batch, and its index is the step.
-        """
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            worker_init_fn=_start_worker,
-            pin_memory=pin_memory,
-        )
-        handler = signal.getsignal(signal.SIGCHLD)
-        try:
-            batches = iter(loader)
-            # With workers torch has now installed a handler that raises when one of them dies,
-            # wherever the trainer is. Put back the old one: then the loader raises, here, when it
-            # next waits for a batch.
-            if signal.getsignal(signal.SIGCHLD) is not handler:
-                signal.signal(signal.SIGCHLD, handler)
-            yield from batches
-        except Exception as error:
-            # A worker's error keeps its type, but its text is the worker's traceback, whose last
-            # line has the type's name and what happened. Without workers the text is what happened.
-            text = str(error).strip() or repr(error)
-            line = text.splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
-            if not isinstance(error, DataError):
-                hint = "a data worker killed, or out of memory? (fewer --workers need less)"
-                line = f"loading images failed ({line}): {hint}"
-            raise DataError(line) from error
-
-    def __getitem__(self, step: int) -> tuple[list[Tensor], dict[int, str]]:
-        """A worker's part for images on disk: decodes a file once and crops it for all its views.
-
-        Returns for each recipe (B, 3, size, size) uint8, and the unreadable images, as `read` does.
-        Colours are innermost in memory, as decoders and resizing have them.
-        """
-        rows = self.rows(step)
-        numbers = self._numbers(step)
-        shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in self.recipes]
-        crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
-        unreadable = {}
-        for start in range(0, len(rows), 8):  # a few at a time, because decoded images are large
-            part = slice(start, start + 8)
-            images = []
-            for row in rows[part]:
-                image, bad = self.images.read(int(row))
-                images.append(image)
-                unreadable.update(bad)
-            heights, widths = np.array([image.shape[1:] for image in images]).T
-            for recipe, u, out in zip(self.recipes, numbers, crops, strict=True):
-                if self.seed is None:
-                    boxes, flips = recipe.centre_boxes(heights, widths)
-                else:
-                    boxes, flips = recipe.boxes(u[part], heights, widths)
-                for image, box, flip, crop in zip(images, boxes, flips, out[part], strict=True):
-                    _crop_bytes(image, box, flip, crop)
-        return [crop.permute(0, 3, 1, 2) for crop in crops], unreadable
-
-
-def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
-    """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
-    top, left, height, width = box.tolist()
-    # A decoded image has its colours innermost. As image[None] it would have 3 as its first stride,
-    # where channels_last has 3 H W, and interpolate would be slower.
-    view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    view = view[:, :, top : top + height, left : left + width]
-    view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
-    view = view[0].permute(1, 2, 0)
-    out.copy_(view.flip(1) if flip else view)
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -712,16 +701,23 @@ class Augment:
             u[name] = torch.rand(u[name].shape, generator=generator, dtype=torch.float64).numpy()
         return u
 
-    def apply(self, images: Tensor, u: np.ndarray, cropped: bool = False) -> Tensor:
-        """Views of `images` (B, 3, H, W) uint8, by the numbers u (B,) of `draw`.
+    def apply(self, images: Tensor, u: np.ndarray | None) -> Tensor:
+        """Views of `images` (B, 3, H, W) uint8, by the numbers u (B,) of `draw`; None: `centre`."""
+        if u is None:
+            return self.centre(images)
+        boxes, flips = self.boxes(u, *images.shape[2:])
+        crops = np.column_stack([boxes, flips]).astype(np.float32)  # (B, 5)
+        return self._transform(images, u, _to(crops, images.device))
 
-        cropped: the images have been cropped, resized and flipped already.
-        """
+    def finish(self, crops: Tensor, u: np.ndarray | None) -> Tensor:
+        """The same for images that a worker has cropped, resized and flipped already."""
+        if u is None:
+            return self.normalise(crops.float() / 255)
+        return self._transform(crops, u, None)
+
+    def _transform(self, images: Tensor, u: np.ndarray, boxes: Tensor | None) -> Tensor:
+        """Crops where there are boxes, then colours, gray, blur, solarize, normalise."""
         count, device = len(images), images.device
-        if not cropped:
-            boxes, flips = self.boxes(u, *images.shape[2:])
-            boxes_flips = np.column_stack([boxes, flips]).astype(np.float32)  # (B, 5)
-            boxes_flips = _to(boxes_flips, device)
         order, factors, sigma = self._parameters(u)
         factors, sigma = _to(factors, device), _to(sigma, device)
         # Beyond 3.3 sigma lies .1 % of a Gaussian. torchvision's gaussian_blur gives the same for
@@ -733,8 +729,8 @@ class Augment:
             for part in _chunks(count, self.size, device):
                 rows = np.arange(count)[part]
                 x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
-                if not cropped:
-                    x = _crop(x, boxes_flips[part], self.size)
+                if boxes is not None:
+                    x = _crop(x, boxes[part], self.size)
                 x, rows = _jitter(x.mul_(1 / 255), rows, order, factors)
                 # The jitter has sorted the samples: from here on x[k] is sample rows[k].
                 x = _change(_grayscale, u["gray"][rows] < self.gray, x)
@@ -858,7 +854,7 @@ def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Ten
 # a random strength:
 # 1. fields in Augment: mine: float = 0.0, its probability, and weakest, strongest;
 # 2. at the end of _SINGLE the numbers "mine" and "strength";
-# 3. in `apply`, before the loop,
+# 3. in `_transform`, before the loop,
 #
 #     strength = self.weakest + u["strength"] * (self.strongest - self.weakest)
 #     strength = _to(np.float32(strength), device)
@@ -872,7 +868,10 @@ def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Ten
 
 
 def _crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Crops, resizes and flips x (n, 3, H, W) as R X C', with one R and one C for each sample."""
+    """Crops, resizes and flips x (n, 3, H, W): each colour X (H, W) becomes R X C' (size, size).
+
+    R makes the rows, C the columns; each sample has its own.
+    """
     top, left, height, width, flip = boxes[:, :, None, None].unbind(1)
     r = _resize_matrix(top, height, torch.zeros_like(flip), x.shape[2], size)
     c = _resize_matrix(left, width, flip, x.shape[3], size)
@@ -942,20 +941,17 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# All are sign(g - b) * K with K = 1/6 + (g + b - r - m) / 6d, and the sign of 0 counted as +. To
-# swap g and b negates this formula, as K is symmetric in g and b. It also negates the textbook's:
-# case r changes its sign, and cases g and b turn into each other's negative. Hence it is enough to
-# look at g >= b, where the sign is +:
-#     g the largest: g - m = d, and K is 1/6 + (d + b - r) / 6d, as above;
-#     r the largest: b = m and r = b + d, so g + b - r - m = g - r = g - b - d: K is (g - b) / 6d.
-# K is never negative, as it is ((M - r) + (g - m) + (b - m)) / 6d: copysign is enough.
+# In all cases it is K with the sign of g - b (that of 0 counted as +), where
+#     K = 1/6 + (g + b - r - m) / 6d = ((M - r) + (g - m) + (b - m)) / 6d >= 0
+# For g >= b: if g is the largest, g - m = d, and K is 1/6 + (d + b - r) / 6d, the textbook's; if r
+# is, b = m and r = m + d, and K is 1/6 + (g - b - d) / 6d = (g - b) / 6d. For g < b: to swap g and
+# b leaves K as it is and negates the textbook's. So (.2, .4, .8) has K = .39 and the hue -.39.
 #
-# Back, with the distance c(h) = |hue - h| clamped to [1/6, 1/3]. (|hue - h| is at most 2/3, so the
-# other way round the circle is at least 1/3 and need not be looked at.)
+# Back: green is M up to 1/6 of a turn from its own hue, 1/3, then falls to m at 1/3 from it; so
+# does blue from 2/3. Red is m up to 1/6 from 1/2, then rises to M at 1/3 from it. With the distance
+# c(h) = |hue - h| clamped to [1/6, 1/3] (the other way round the circle it is at least 1/3),
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
-# Green is M up to 1/6 from its own hue, 1/3, then falls to m at 1/3 from it; so does blue from 2/3.
-# Red is M at 1/3 and more from 1/2, and m up to 1/6 from it: hence the other signs. Of gray d is 0,
-# and all three are m.
+# Of gray d is 0, and all three are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -1014,7 +1010,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size  # the last block is filled up
     # F.pad raises unless end = radius + (blocks * block - size) < size. The radius is less than
-    # 3.3 sigma[1] + 1, the bracket less than size / 32: a size of 3.5 sigma[1] + 2 is enough.
+    # 3.3 sigma[1] + 1, the bracket at most blocks - 1, which is less than size / 32: a size of
+    # 3.5 sigma[1] + 2 is enough.
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Now x is (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together.
     # Along the height,
@@ -1043,8 +1040,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins), or W times
 # this rank's share of it (dimcl). The backward of `gather` sums the gradients of all L_r, and
 # DistributedDataParallel averages over the ranks, that is divides by W: what comes out is the
-# gradient of the mean. A use of rows without `gather`, as of z below, adds the gradient of L_r
-# alone, rightly: it is in no other loss. For example,
+# gradient of the mean. Rows may also be used without `gather`, as z below: such a use is in L_r
+# alone, and adds the gradient of L_r alone. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1096,9 +1093,9 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
-# Below this temperature losses are computed in float64, as rounding errors are divided by the
-# temperature. They also use logsumexp, as sums of exponentials overflow float32, at e^88: at .025
-# an exponential is at most e^40, and a million of them e^54.
+# At this temperature an exponential is at most e^40 and a sum of a million of them e^54, which
+# float32 holds (up to e^88). Below it losses are computed in float64, as rounding errors are
+# divided by the temperature, and with logsumexp, which subtracts the maximum.
 FLOAT32_OK = 0.025
 
 
@@ -1240,8 +1237,8 @@ class _PairSums(torch.autograd.Function):
     The 2N x 2N matrix E of e^(x_i . x_j), 0 where a row meets itself or its pair, would take the
     memory: it is made in blocks, and again in backward unless it is small. E is symmetric: block
     (I, J) adds its rows' sums to S_I and its columns' to S_J, so blocks with J <= I suffice. In
-    backward, with g = dL/dS, dL/dx_i = sum_j E_ij (g_i + g_j) x_j, as x_i is in S_i and in every
-    S_j.
+    backward, with g = dL/dS, dL/dx_i = sum_j E_ij (g_i + g_j) x_j, as E_ij is a part of S_i and
+    of S_j.
 
     Blocks without a row or column of these pairs are skipped. In backward g is 0 for the rows of
     other ranks' pairs, so these blocks add nothing there either.
