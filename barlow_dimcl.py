@@ -25,7 +25,7 @@ batch.
 
 Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-27; conditions in the README):
 linear probe 47.1 % (sd .4) with DimCL, 46.6 % (sd .4) without, 37.8 % untrained: a gain of .5 whose
-95 % interval, -.2 to 1.1, includes 0.
+95 % interval, paired by seed, includes 0: -.2 to 1.1.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,7 +55,8 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
-# - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
+# - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val
+#   (of class folders alone a fixed tenth, which `pretrain` and `train` do without).
 # - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
 #   yields for a step the indices of this rank's images and a list of their views, one for each
 #   recipe: (batch / world, 3, size, size). They depend on the step's number, seed and batch alone.
@@ -169,14 +171,14 @@ MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` holds all settings. Where they come from, in this order:
-# - the command line: flags that are given, and defaults;
-# - choose_preset: all rows of PRESETS, image_size, and the column as `preset`;
-# - configure: ranks, images (their number), checksum (of their list), epoch_steps (a multiple of
-#   accumulate), steps, warmup_steps, peak_lr (lr scaled by the images of an update);
+# `given` is the command line alone: None where a flag has no default and is not given. `args` holds
+# all settings in effect. `configure` fills it, in this order:
+# - choose_preset: all rows of PRESETS, image_size, and the column as `preset`; flags that are given
+#   win;
+# - ranks, images (their number), checksum (of their list), epoch_steps (a multiple of accumulate),
+#   steps, warmup_steps, peak_lr (lr scaled by the images of an update);
 # - fit_method: chance_loss, for the log alone;
-# - configure, at last: views (both recipes as texts), run_dir.
-# `settled` holds the names of flags that are given or have a default other than None: these stay.
+# - at last: views (both recipes as texts), run_dir.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -248,8 +250,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     ]
 
 
-def fit_method(args: Namespace, settled: set[str]) -> None:
-    """Refuses what this method cannot do; other scripts also fit what is not in `settled`."""
+def fit_method(args: Namespace, given: Namespace) -> None:
+    """Refuses what this method cannot do; others also fit what is not given."""
     if args.dimcl_weight > 1:
         refuse(f"--dimcl-weight {args.dimcl_weight} is greater than 1")
     w, dim = args.dimcl_weight, args.projector[-1]
@@ -298,7 +300,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad after each batch; what was there is equal on all ranks and so stays.
+        # DDP averages .grad in each backward: what was there is equal on all ranks, and stays.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -317,7 +319,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             continue
         # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32)
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
-        stop = asked_to_stop()  # the number of a signal, or 0: see the end of this file
+        stop = asked_to_stop()  # the number of a signal, or 0: see "How a run ends"
         if stop or save_due or done % args.epoch_steps == 0:
             if RANK == 0:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
@@ -351,14 +353,71 @@ def main() -> None:
 
 # ------------------------------------------------------ machinery: the same in all five scripts
 #
-# In the order of a run: settings, ranks, network, optimizer, log, checkpoint, probe, pictures, end.
+# First how a run ends, then, in the order of a run: settings, ranks, network, optimizer, log,
+# checkpoint, probe, pictures.
 
 
-def choose_preset(args: Namespace, images: Images) -> dict:
-    """The column of PRESETS for the images, fitted to them and to what is given in `args`."""
+# How a run ends.
+# - By an error: `refuse`. As soon as one rank has ended, torchrun ends the others of its machine.
+# - By a signal. Before and after training there is nothing to save, and signals do what they do by
+#   default. In training it has to wait for the next update of the weights:
+#   1. its handler, `note_signal`, only puts its number into STOP;
+#   2. after each update `asked_to_stop` finds out whether any rank has received a signal;
+#   3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
+STOP = []
+PARENT = os.getppid()
+
+
+def refuse(message: str, code: int = 2) -> NoReturn:
+    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
+    if LOCAL_RANK > 0:
+        # All ranks may have found the same. Then local rank 0 prints it and ends, and torchrun's
+        # SIGTERM ends this rank in silence, within five seconds.
+        set_signals(signal.SIG_DFL)
+        time.sleep(5)
+    line = " ".join(f"{Path(__file__).name}: {message}".split())
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def end_with_torchrun() -> None:
+    """In a thread: if torchrun is killed, nobody else would send this rank a signal."""
+    while os.getppid() == PARENT:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def note_signal(number: int, _: object) -> None:
+    STOP.append(number)
+    if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
+        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
+
+
+def set_signals(handler: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """The signal that any rank has received, or 0."""
+    number = torch.tensor(STOP[0] if STOP else 0)  # on the CPU, where gloo reduces it
+    if WORLD > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
+    log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
+    sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
+    sys.exit(128 + number)
+
+
+def choose_preset(given: Namespace, images: Images) -> dict:
+    """The column of PRESETS for the images, fitted to them and to the flags that are given."""
     side = max(max(size) for size in images.sizes)
-    if args.data in DATA_SETS and args.data != "cifar":  # "cifar" is a column, no data set
-        column = args.data
+    if given.data in DATA_SETS and given.data != "cifar":  # "cifar" is a column, no data set
+        column = given.data
     elif side <= 48:  # cifar10 and cifar100 as well
         column = "cifar"
     elif side <= 128:
@@ -369,35 +428,40 @@ def choose_preset(args: Namespace, images: Images) -> dict:
     preset["preset"] = column  # for the log
     preset["image_size"] = max(8, side) if side <= 128 else 224
     if preset["stem"] is None:
-        small = (args.image_size or preset["image_size"]) <= 64
+        small = (given.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
     # At least eight updates an epoch, unless that leaves less than two images a rank.
-    while preset["batch_size"] > max(len(images) // (8 * args.accumulate), 2 * WORLD):
+    while preset["batch_size"] > max(len(images) // (8 * given.accumulate), 2 * WORLD):
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
-    preset["warmup_epochs"] = min(preset["warmup_epochs"], (args.epochs or preset["epochs"]) / 10)
+    epochs = given.epochs or preset["epochs"]
+    preset["warmup_epochs"] = min(preset["warmup_epochs"], epochs / 10)
     return preset
 
 
-def configure() -> tuple[Namespace, Data]:
-    """The settings in effect, and the images."""
+def given_flags() -> Namespace:
+    """The command line alone. Refuses numbers out of range."""
     parser.error = refuse  # argparse's own prints the usage as well
-    args = parser.parse_args()
-    for key, value in vars(args).items():
+    given = parser.parse_args()
+    for key, value in vars(given).items():
         name = f"--{key.replace('_', '-')}"
         if value == "":
             refuse(f"{name} is empty")
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not 0 <= value < 2**31 or (value == 0 and key not in MAY_BE_0):
                 refuse(f"{name} {value} is out of range")
+    return given
+
+
+def configure() -> tuple[Namespace, Data]:
+    """The settings in effect, and the images."""
+    given = given_flags()
     try:
-        data = load_data(args.data, args.root)  # if rank 0 has to download, the others wait
+        data = load_data(given.data, given.root)  # if rank 0 has to download, the others wait
     except DataError as error:
         refuse(str(error))
-    settled = {key for key, value in vars(args).items() if value is not None}
-    for key, value in choose_preset(args, data.pretrain).items():
-        if key not in settled:
-            setattr(args, key, value)
+    preset = choose_preset(given, data.pretrain)
+    args = parser.parse_args(namespace=Namespace(**preset))  # flags win over the preset
 
     args.ranks, args.images = WORLD, len(data.pretrain)
     args.checksum = data.pretrain.checksum
@@ -418,7 +482,7 @@ def configure() -> tuple[Namespace, Data]:
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
     scale = math.sqrt(update / 256) if args.optimizer == "adamw" else update / 256
     args.peak_lr = args.lr * scale
-    fit_method(args, settled)
+    fit_method(args, given)
     args.views = [str(recipe) for recipe in recipes(args)]
 
     folder = Path(args.data).resolve()  # for a named data set only a name
@@ -438,12 +502,14 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ:
         threading.Thread(target=end_with_torchrun, daemon=True).start()
-        # init_process_group() alone would do, but for --max-restarts: torchrun's store, where the
-        # ranks find each other, may still hold the addresses of those before. So each start has a
-        # prefix of its own. (On several machines these may differ: there use no --max-restarts.)
+        # In torchrun's store the ranks find each other. After a restart (--max-restarts) it still
+        # holds the addresses of the dead ranks, for which the new ones would wait (seen with torch
+        # 2.6): so each start has a prefix of its own. Use no --max-restarts on several machines:
+        # each counts its own restarts, so with different prefixes their ranks would not meet.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(store=store, rank=RANK, world_size=WORLD)
+        long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
+        dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -798,60 +864,6 @@ def log_progress(
     log("train", done, **values, lr=lr, data_wait=waited / took)
     if values["std"] < 0.1:
         log("warning", done, text="collapse: nearly the same embedding for all images")
-
-
-# How a run ends.
-# - By an error: `refuse`. As soon as one rank has ended, torchrun ends the others of its machine.
-# - By a signal. Before and after training there is nothing to save, and signals do what they do by
-#   default. In training it has to wait for the next update of the weights:
-#   1. its handler, `note_signal`, only puts its number into STOP;
-#   2. after each update `asked_to_stop` finds out whether any rank has received a signal;
-#   3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
-STOP = []
-PARENT = os.getppid()
-
-
-def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
-    if LOCAL_RANK > 0:  # rank 0 may have printed the same: then torchrun ends this one meanwhile
-        set_signals(signal.SIG_DFL)
-        time.sleep(5)
-    line = " ".join(f"{Path(__file__).name}: {message}".split())
-    print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def end_with_torchrun() -> None:
-    """In a thread: if torchrun is killed, nobody else would send this rank a signal."""
-    while os.getppid() == PARENT:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def note_signal(number: int, _: object) -> None:
-    STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
-        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
-
-
-def set_signals(handler: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, handler)
-
-
-def asked_to_stop() -> int:
-    """The signal that any rank has received, or 0."""
-    number = torch.tensor(STOP[0] if STOP else 0)  # on the CPU, where gloo reduces it
-    if WORLD > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def end_by_signal(number: int, step: int, log: Log) -> NoReturn:
-    log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
-    sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

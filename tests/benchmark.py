@@ -455,13 +455,11 @@ def jpeg(options: argparse.Namespace) -> None:
 
 def settings(column: str, flags: str) -> argparse.Namespace:
     """What the trainer makes of these flags for the data set of this column."""
-    args = trainer.parser.parse_args(flags.split())
-    settled = {key for key, value in vars(args).items() if value is not None}
-    for key, row in trainer.PRESETS.items():
-        if key not in settled:
-            setattr(args, key, row[trainer.DATA_SETS.index(column)])
+    place = trainer.DATA_SETS.index(column)
+    preset = argparse.Namespace(**{key: row[place] for key, row in trainer.PRESETS.items()})
+    args = trainer.parser.parse_args(flags.split(), preset)
     args.peak_lr = args.lr
-    trainer.fit_method(args, settled)
+    trainer.fit_method(args, trainer.parser.parse_args(flags.split()))
     return args
 
 
