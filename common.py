@@ -271,17 +271,22 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 #         images = InZip(name_or_path, np.array([b"cat/1.jpg", b"dog/1.jpg"]))
 #         return Data(images, None, None)
 #
-# (with _hold(images) instead, they are taken into memory, if of one size and not too many) and a
+# (labels are a third argument; _hold(images) would take them into memory, if of one size) and a
 # subclass of OnDisk with a `decode` of its own:
+#
+#     @lru_cache
+#     def opened(path: bytes, process: int) -> zipfile.ZipFile:
+#         return zipfile.ZipFile(os.fsdecode(path))
 #
 #     class InZip(OnDisk):
 #         def decode(self, index):
-#             with zipfile.ZipFile(os.fsdecode(self.folder)) as file:
-#                 return _decode(file.read(os.fsdecode(self.files[index])))
+#             file = opened(self.folder, os.getpid())
+#             return _decode(file.read(os.fsdecode(self.files[index])))
 #
-# decode is called in the trainer, also in threads (by _hold), and afterwards in data workers, which
-# are other processes. So don't keep an open handle in self, which may be pickled: keep one for each
-# process and thread. For another file format: ENDINGS and _decode.
+# decode is called in the trainer, there also in threads (by _hold, which a ZipFile bears), and in
+# data workers, which are other processes: each opens the file for itself. `read` takes any
+# exception for a broken image, so try decode(0) by itself first. For another file format: ENDINGS
+# and _decode.
 
 
 def _train_and_val(folder: Path) -> Data:
@@ -639,6 +644,11 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
 
 
 # ---------------------------------------------------------------------------------- augmentation
+#
+# torchvision's operations take one set of parameters for all images that they are given. These take
+# a batch, with parameters for each sample, and give the same (compared in tests/test_augment.py).
+# That is why they look as they do; it makes two views of a small image 14 times as fast as
+# lightly's on one CPU thread (conditions in the README).
 
 Sides = int | np.ndarray  # in pixels: one number for all images, or one for each, (n,)
 
@@ -864,7 +874,7 @@ def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Ten
 #     x = _change(_mine, u["mine"][rows] < self.mine, x, _select(strength, rows))
 #
 # where _mine(x, strength) gets the chosen samples, x (n, 3, h, w) in [0, 1] and strength (n,), and
-# returns new ones.
+# returns new ones in [0, 1]. To crop in another way, change `boxes`, `_crop` and `_crop_bytes`.
 
 
 def _crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -62,7 +62,7 @@ from torchvision import models, ops
 from torchvision.utils import save_image
 
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val
-#   (of class folders alone a fixed tenth, which `pretrain` and `train` do without).
+#   In a folder without train/ and val/ a fixed tenth is val, the rest both pretrain and train.
 # - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
 #   yields for a step the indices of this rank's images and a list of their views, one for each
 #   recipe: (batch / world, 3, size, size). They depend on the step's number, seed and batch alone.
@@ -85,15 +85,10 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
-# The settings of published runs (sources and deviations: README), a column for each data set.
-# - Images without a column of their own get `cifar` where their longest side is at most 48 px,
-#   `stl10` up to 128 px, else `imagenet100`.
-# - A flag that is given wins over its row.
-# - What is not given is fitted: the batch is halved until an epoch has eight updates, the warm-up
-#   cut to a tenth of the epochs.
-# - A stem of None: `small` for views of up to 64 px, else `imagenet`.
-# - Without --image-size a view is as large as the longest side of the images if that is at most
-#   128 px, else 224.
+# The settings of published runs (sources and deviations: README), a column for each data set. Other
+# images get the column `cifar`, `stl10` or `imagenet100` by their size. A flag that is given wins
+# over its row. What is not given is fitted to the images, see "settings" below: batch_size,
+# warmup_epochs, a stem of None; and so is the size of a view.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -162,14 +157,7 @@ MAY_BE_0 += ["curation_start"]
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `given` is the command line alone: None where a flag has no default and is not given. `args` holds
-# all settings in effect. `configure` fills it, in this order:
-# - choose_preset: all rows of PRESETS, image_size, and the column as `preset`; flags that are given
-#   win;
-# - ranks, images (their number), checksum (of their list), epoch_steps (a multiple of accumulate),
-#   steps, warmup_steps, peak_lr (lr scaled by the images of an update);
-# - fit_method: curation_candidates, curation_step; chance_loss, for the log alone;
-# - at last: views (both recipes as texts), run_dir.
+# `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below adds.
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -300,6 +288,94 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     ]
 
 
+# ----------------------------------------- settings: the same in all five scripts but fit_method
+#
+# A given flag wins; else its default or the column of PRESETS counts, fitted to the images.
+# `configure` adds what follows from these, and `fit_method` what only this method needs.
+
+
+def given_flags() -> Namespace:
+    """The command line alone: None where a flag has no default and is not given."""
+    parser.error = refuse  # argparse's own prints the usage as well
+    given = parser.parse_args()
+    for key, value in vars(given).items():
+        name = f"--{key.replace('_', '-')}"
+        if value == "":
+            refuse(f"{name} is empty")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not 0 <= value < 2**31 or (value == 0 and key not in MAY_BE_0):
+                refuse(f"{name} {value} is out of range")
+    return given
+
+
+def choose_preset(given: Namespace, images: Images) -> dict:
+    """The column of PRESETS for the images, fitted to them and to the flags that are given."""
+    side = max(max(size) for size in images.sizes)
+    if given.data in DATA_SETS and given.data != "cifar":  # "cifar" is a column, no data set
+        column = given.data
+    elif side <= 48:  # cifar10 and cifar100 as well
+        column = "cifar"
+    elif side <= 128:
+        column = "stl10"
+    else:
+        column = "imagenet100"
+    preset = {key: row[DATA_SETS.index(column)] for key, row in PRESETS.items()}
+    preset["preset"] = column  # for the log
+    preset["image_size"] = max(8, side) if side <= 128 else 224
+    if preset["stem"] is None:
+        small = (given.image_size or preset["image_size"]) <= 64
+        preset["stem"] = "small" if small else "imagenet"
+    # At least eight updates an epoch, unless that leaves less than two images a rank.
+    while preset["batch_size"] > max(len(images) // (8 * given.accumulate), 2 * WORLD):
+        preset["batch_size"] //= 2
+    preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
+    epochs = given.epochs or preset["epochs"]
+    preset["warmup_epochs"] = min(preset["warmup_epochs"], epochs / 10)
+    return preset
+
+
+def configure() -> tuple[Namespace, Data]:
+    """The settings in effect, and the images."""
+    given = given_flags()
+    try:
+        data = load_data(given.data, given.root)  # if rank 0 has to download, the others wait
+    except DataError as error:
+        refuse(str(error))
+    preset = choose_preset(given, data.pretrain)
+    # argparse gives a flag its default only where the preset has no value for it.
+    args = parser.parse_args(namespace=Namespace(**preset))
+
+    args.ranks, args.images = WORLD, len(data.pretrain)
+    args.checksum = data.pretrain.checksum  # of the images, for `resume`
+    if args.image_size < 8:
+        refuse(f"--image-size {args.image_size} is too small: give at least 8")
+    if args.batch_size % WORLD or not 2 * WORLD <= args.batch_size <= args.images:
+        fits = f"a multiple of the {WORLD} ranks from {2 * WORLD} to the {args.images} images"
+        refuse(f"--batch-size {args.batch_size} must be {fits} of {args.data}")
+    if args.warmup_epochs >= args.epochs:
+        refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+    update = args.accumulate * args.batch_size  # images
+    if update > args.images:
+        refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
+    # Whole updates: with --accumulate an epoch may be shorter than a pass of `Batches` over the
+    # images. Then a pass may begin in the middle of an epoch, which does no harm.
+    args.epoch_steps = args.images // update * args.accumulate
+    args.steps = args.epochs * args.epoch_steps
+    args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
+    scale = math.sqrt(update / 256) if args.optimizer == "adamw" else update / 256
+    args.peak_lr = args.lr * scale
+    fit_method(args, given)
+    args.views = [str(recipe) for recipe in recipes(args)]  # for the log and for `resume`
+
+    folder = Path(args.data).resolve()  # for a named data set only a name
+    if args.run_dir is None:
+        args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
+        args.run_dir += "_eval" if args.eval else ""
+    if folder.is_dir() and Path(args.run_dir).resolve().is_relative_to(folder):
+        refuse(f"--run-dir {args.run_dir} lies in the image folder: its pictures would be images")
+    return args, data
+
+
 def fit_method(args: Namespace, given: Namespace) -> None:
     """Fits to the data what is not given on the command line; refuses what cannot be."""
     if args.curation_start > 1:
@@ -355,7 +431,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad in each backward: what was there is equal on all ranks, and stays.
+        # DDP averages .grad in each backward. What was there is equal on all: its own average.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -408,8 +484,8 @@ def main() -> None:
 
 # ------------------------------------------------------ machinery: the same in all five scripts
 #
-# First how a run ends, then, in the order of a run: settings, ranks, network, optimizer, log,
-# checkpoint, probe, pictures.
+# First how a run ends, then, in the order of a run: ranks, network, optimizer, log, checkpoint,
+# probe, pictures.
 
 
 # How a run ends.
@@ -466,87 +542,6 @@ def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
     log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
     sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
     sys.exit(128 + number)
-
-
-def choose_preset(given: Namespace, images: Images) -> dict:
-    """The column of PRESETS for the images, fitted to them and to the flags that are given."""
-    side = max(max(size) for size in images.sizes)
-    if given.data in DATA_SETS and given.data != "cifar":  # "cifar" is a column, no data set
-        column = given.data
-    elif side <= 48:  # cifar10 and cifar100 as well
-        column = "cifar"
-    elif side <= 128:
-        column = "stl10"
-    else:
-        column = "imagenet100"
-    preset = {key: row[DATA_SETS.index(column)] for key, row in PRESETS.items()}
-    preset["preset"] = column  # for the log
-    preset["image_size"] = max(8, side) if side <= 128 else 224
-    if preset["stem"] is None:
-        small = (given.image_size or preset["image_size"]) <= 64
-        preset["stem"] = "small" if small else "imagenet"
-    # At least eight updates an epoch, unless that leaves less than two images a rank.
-    while preset["batch_size"] > max(len(images) // (8 * given.accumulate), 2 * WORLD):
-        preset["batch_size"] //= 2
-    preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
-    epochs = given.epochs or preset["epochs"]
-    preset["warmup_epochs"] = min(preset["warmup_epochs"], epochs / 10)
-    return preset
-
-
-def given_flags() -> Namespace:
-    """The command line alone. Refuses numbers out of range."""
-    parser.error = refuse  # argparse's own prints the usage as well
-    given = parser.parse_args()
-    for key, value in vars(given).items():
-        name = f"--{key.replace('_', '-')}"
-        if value == "":
-            refuse(f"{name} is empty")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not 0 <= value < 2**31 or (value == 0 and key not in MAY_BE_0):
-                refuse(f"{name} {value} is out of range")
-    return given
-
-
-def configure() -> tuple[Namespace, Data]:
-    """The settings in effect, and the images."""
-    given = given_flags()
-    try:
-        data = load_data(given.data, given.root)  # if rank 0 has to download, the others wait
-    except DataError as error:
-        refuse(str(error))
-    preset = choose_preset(given, data.pretrain)
-    args = parser.parse_args(namespace=Namespace(**preset))  # flags win over the preset
-
-    args.ranks, args.images = WORLD, len(data.pretrain)
-    args.checksum = data.pretrain.checksum
-    if args.image_size < 8:
-        refuse(f"--image-size {args.image_size} is too small: give at least 8")
-    if args.batch_size % WORLD or not 2 * WORLD <= args.batch_size <= args.images:
-        fits = f"a multiple of the {WORLD} ranks from {2 * WORLD} to the {args.images} images"
-        refuse(f"--batch-size {args.batch_size} must be {fits} of {args.data}")
-    if args.warmup_epochs >= args.epochs:
-        refuse(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
-    update = args.accumulate * args.batch_size  # images
-    if update > args.images:
-        refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # Whole updates: with --accumulate an epoch may be shorter than a pass of `Batches` over the
-    # images. Then a pass may begin in the middle of an epoch, which does no harm.
-    args.epoch_steps = args.images // update * args.accumulate
-    args.steps = args.epochs * args.epoch_steps
-    args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
-    scale = math.sqrt(update / 256) if args.optimizer == "adamw" else update / 256
-    args.peak_lr = args.lr * scale
-    fit_method(args, given)
-    args.views = [str(recipe) for recipe in recipes(args)]
-
-    folder = Path(args.data).resolve()  # for a named data set only a name
-    if args.run_dir is None:
-        args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
-        args.run_dir += "_eval" if args.eval else ""
-    if folder.is_dir() and Path(args.run_dir).resolve().is_relative_to(folder):
-        refuse(f"--run-dir {args.run_dir} lies in the image folder: its pictures would be images")
-    return args, data
 
 
 def join_ranks() -> None:

@@ -381,7 +381,7 @@ def test_an_unreadable_file_that_is_taken_twice_counts_once(tmp_path, capsys):
 def test_the_example_of_a_source_of_ones_own(mixed, tmp_path):
     """The lines in common.py's comment, as they stand there."""
     source = Path(common.__file__).read_text()
-    lines = source[source.index("#     class InZip") : source.index("#\n# decode is called")]
+    lines = source[source.index("#     @lru_cache") : source.index("#\n# decode is called")]
     names = vars(common) | {"zipfile": zipfile}
     exec(textwrap.dedent(re.sub("^#", "", lines, flags=re.M)), names)
     images = load_data(str(mixed)).train
@@ -391,8 +391,8 @@ def test_the_example_of_a_source_of_ones_own(mixed, tmp_path):
     zipped = names["InZip"](tmp_path / "a.zip", images.files, images.labels)
     assert zipped.sizes == images.sizes and zipped.checksum == images.checksum
     for ours, theirs in zip(
-        Batches(zipped, [SMALL], 8, 0).stream([0], torch.device("cpu")),
-        Batches(images, [SMALL], 8, 0).stream([0], torch.device("cpu")),
+        Batches(zipped, [SMALL], 8, 0).stream([0, 1], torch.device("cpu"), workers=2),
+        Batches(images, [SMALL], 8, 0).stream([0, 1], torch.device("cpu")),
         strict=True,
     ):
         assert torch.equal(ours[1][0], theirs[1][0])

@@ -62,7 +62,11 @@ def source(name: str, start: str, end: str = r"\Z") -> str:
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(
     ("start", "end"),
-    [("# -+ machinery", r"\Z"), ("# The flags below are the same", r"MAY_BE_0 \+=")],
+    [
+        ("# The flags below are the same", r"MAY_BE_0 \+="),
+        ("# -+ settings", "def fit_method"),
+        ("# -+ machinery", r"\Z"),
+    ],
 )
 def test_machinery_and_shared_flags_are_the_same(name, start, end):
     text = source(name, start, end)
