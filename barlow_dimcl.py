@@ -6,22 +6,22 @@
     torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, 8 GPUs
     python barlow_dimcl.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues where the last run stopped. After a change of the code give a new
---run-dir. --dimcl-weight 0 is plain Barlow Twins.
+The same command again continues where the last run stopped. Other flags or changed code need a new
+--run-dir. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and losses are in common.py.
 
 Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation
-C (D, D) to the identity (arXiv 2103.03230). DimCL contrasts dimensions: with Z1, Z2 centred, column
-i of Z1 and column i of Z2 are the pair among all 2D columns, NT-Xent at temperature .1
-(arXiv 2309.11782):
+C (D, D) to the identity (arXiv 2103.03230). DimCL contrasts dimensions (arXiv 2309.11782): x_1 ...
+x_2D are the columns of Z1 and Z2, centred over the batch and normalised. Column i of Z1 and column
+i of Z2 are a pair, i and i'; NT-Xent pulls them together, and all others apart:
 
-    loss = w NT-Xent(columns of Z1, Z2)
-           + (1 - w) s (sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2),   w = .1, s = .1
+    dimcl = mean over i of -log(e^(x_i . x_i' / t) / sum_(j != i) e^(x_i . x_j / t))
+    loss = w dimcl + (1 - w) s (sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2)
 
-Stated by the paper on DimCL: the contrast along the dimension, w and the temperature; s is from
-its code; with s = 1 Barlow's gradient is so much larger that DimCL has no effect. The paper applies
-batch norm and then L2 normalisation to each column; as L2 cancels the scale, centring is enough.
-Our reading: under several ranks the statistics and gradients of both losses are those of the whole
-batch.
+with t = .1, w = .1, s = .1. Stated by the paper: the contrast along the dimension, t and w; s is
+from its code; with s = 1 Barlow's gradient is so much larger that DimCL has no effect. The paper
+applies batch norm and then L2 normalisation to each column; as L2 cancels the scale, centring is
+enough. Our reading: under several ranks the statistics and gradients of both losses are those of
+the whole batch.
 
 Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-27; conditions in the README):
 linear probe 47.1 % (sd .4) with DimCL, 46.6 % (sd .4) without, 37.8 % untrained: a gain of .5 whose
@@ -55,7 +55,8 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
-# - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val
+# From common.py:
+# - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 #   In a folder without train/ and val/ a fixed tenth is val, the rest both pretrain and train.
 # - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
 #   yields for a step the indices of this rank's images and a list of their views, one for each
@@ -91,15 +92,18 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set. Other
-# images get the column `cifar`, `stl10` or `imagenet100` by their size. A flag that is given wins
-# over its row. What is not given is fitted to the images, see "settings" below: batch_size,
-# warmup_epochs, a stem of None; and so is the size of a view.
+# images get the column `cifar`, `stl10` or `imagenet100` by the size of the largest. A flag that is
+# given wins over its row. Of what is not given, batch_size, warmup_epochs, a stem of None and the
+# size of a view are fitted to the images: see "settings" below.
+#
 # barlow_scale is s: .1 in solo-learn, whose gradient on ImageNet-100 is half of the true one: .05.
-# bias_rate: the rate of biases and norms, as a share of that of weights, with lars and larc. These
-# cancel the loss's scale in the step of weights, but not in that of biases and norms: so a
-# bias_rate is right for one barlow_scale only. Published for ImageNet are the rates .2 and .0048,
-# with s = 1 and, on 16 GPUs, 1/16 of the true gradient. With the true gradient and s = .1 biases
-# and norms take the same steps at .0048 / 16 / .1 = .003, which is .015 of .2.
+#
+# bias_rate: the rate of biases and norms, as a share of that of weights, with the optimizers lars
+# and larc. Biases and norms move by rate x gradient, so their rate has to be divided by whatever
+# scales the loss (lars and larc cancel it for weights): a bias_rate is right for one barlow_scale.
+# Published for ImageNet are rates of .2 for weights and .0048 for biases, with s = 1 and, as the
+# code does not gather gradients, 1/16 of the true gradient on 16 GPUs. With the true gradient and
+# s = .1 the same steps need .0048 / 16 / .1 = .003, which is .015 of .2.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",    "stl10",    "imagenet100", "imagenet")
 PRESETS = {
@@ -160,13 +164,16 @@ flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
 flag("--tensorboard", action=ON_OFF, default=False, help="also write the log for TensorBoard")
+# All other numbers have to be greater than 0.
 MAY_BE_0 = ["weight_decay", "warmup_epochs", "workers", "seed", "save_every", "probe_every"]
 MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below adds.
+# `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below derives:
+# ranks, images (their number), checksum, epoch_steps, steps, warmup_steps, peak_lr (lr scaled by
+# the images of an update), chance_loss, views (recipes as texts).
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -202,7 +209,7 @@ class Method(nn.Module):
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
-        For a loss of your own:
+        `step` is for methods that need it; this one does not. For a loss of your own:
         - return on each rank a number whose mean over the ranks is the loss of all images;
         - if it compares images of all ranks: gather(z), to be imported from common.py, makes
           (WORLD B, d) of (B, d);
@@ -372,11 +379,11 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Dropout, if the network has it, is a function of the step, as all that is random.
-        torch.manual_seed(args.seed + step * WORLD + RANK)
+        torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad in each backward. What was there is equal on all: its own average.
+        # DDP averages all of .grad in each backward; its earlier part, equal on all ranks, stays.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -737,7 +744,7 @@ def resume(path: Path, args: Namespace, parts: dict) -> int:
         for key, value in settings(args).items():
             before = saved["settings"].get(key)
             if before != value:
-                raise ValueError(f"{key} was {before} and is {value}")
+                raise ValueError(f"{key} was {before} and is {value}: give another --run-dir")
         if saved["step"] not in range(1, args.steps + 1):
             raise ValueError(f"step {saved['step']}")
         for key, part in parts.items():

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 simclr_curation.py --data imagenet     # ResNet-50, 8 GPUs
     python simclr_curation.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues where the last run stopped. After a change of the code give a new
---run-dir. --curation off is plain SimCLR.
+The same command again continues where the last run stopped. Other flags or changed code need a new
+--run-dir. --curation off is plain SimCLR. Data, augmentation and losses are in common.py.
 
 Method. Two random views of B images pass the backbone f and the projector g, the loss is
 NT-Xent(z1, z2). Random views of one image may share nothing, and those of two images may look
@@ -61,7 +61,8 @@ from torch import Tensor, nn
 from torchvision import models, ops
 from torchvision.utils import save_image
 
-# - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val
+# From common.py:
+# - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 #   In a folder without train/ and val/ a fixed tenth is val, the rest both pretrain and train.
 # - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
 #   yields for a step the indices of this rank's images and a list of their views, one for each
@@ -86,9 +87,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set. Other
-# images get the column `cifar`, `stl10` or `imagenet100` by their size. A flag that is given wins
-# over its row. What is not given is fitted to the images, see "settings" below: batch_size,
-# warmup_epochs, a stem of None; and so is the size of a view.
+# images get the column `cifar`, `stl10` or `imagenet100` by the size of the largest. A flag that is
+# given wins over its row. Of what is not given, batch_size, warmup_epochs, a stem of None and the
+# size of a view are fitted to the images: see "settings" below.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -151,13 +152,17 @@ flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
 flag("--tensorboard", action=ON_OFF, default=False, help="also write the log for TensorBoard")
+# All other numbers have to be greater than 0.
 MAY_BE_0 = ["weight_decay", "warmup_epochs", "workers", "seed", "save_every", "probe_every"]
 MAY_BE_0 += ["curation_start"]
 
 
 # ------------------------------------------------------------------------------------ the method
 #
-# `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below adds.
+# `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below derives:
+# ranks, images (their number), checksum, epoch_steps, steps, warmup_steps, peak_lr (lr scaled by
+# the images of an update), curation_step (the first with curation), chance_loss, views (recipes as
+# texts).
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -427,11 +432,11 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Dropout, if the network has it, is a function of the step, as all that is random.
-        torch.manual_seed(args.seed + step * WORLD + RANK)
+        torch.manual_seed(generator(args.seed, "dropout", step, RANK).initial_seed())
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad in each backward. What was there is equal on all: its own average.
+        # DDP averages all of .grad in each backward; its earlier part, equal on all ranks, stays.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -792,7 +797,7 @@ def resume(path: Path, args: Namespace, parts: dict) -> int:
         for key, value in settings(args).items():
             before = saved["settings"].get(key)
             if before != value:
-                raise ValueError(f"{key} was {before} and is {value}")
+                raise ValueError(f"{key} was {before} and is {value}: give another --run-dir")
         if saved["step"] not in range(1, args.steps + 1):
             raise ValueError(f"step {saved['step']}")
         for key, part in parts.items():
