@@ -271,8 +271,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 #         images = InZip(name_or_path, np.array([b"cat/1.jpg", b"dog/1.jpg"]))
 #         return Data(images, None, None)
 #
-# (labels are a third argument; _hold(images) would take them into memory, if of one size) and a
-# subclass of OnDisk with a `decode` of its own:
+# (labels are a third argument; _hold(images) takes images of one size into memory) and a subclass
+# of OnDisk with a `decode` of its own:
 #
 #     @lru_cache
 #     def opened(path: bytes, process: int) -> zipfile.ZipFile:
@@ -283,8 +283,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 #             file = opened(self.folder, os.getpid())
 #             return _decode(file.read(os.fsdecode(self.files[index])))
 #
-# decode is called in the trainer, there also in threads (by _hold, which a ZipFile bears), and in
-# data workers, which are other processes: each opens the file for itself. `read` takes any
+# decode is called in the trainer, where _hold calls it in several threads (a ZipFile allows that),
+# and in data workers, which are other processes: each opens the file for itself. `read` takes any
 # exception for a broken image, so try decode(0) by itself first. For another file format: ENDINGS
 # and _decode.
 
@@ -426,22 +426,8 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
 
 
-def _start_worker(_: int) -> None:
-    """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
-
-    A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
-    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and ends ten
-    seconds after SIGTERM (by SIGALRM), by which torch ends workers that hang. If the trainer dies,
-    torch ends the worker within seconds.
-    """
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
 @dataclass
-class Batches(torch.utils.data.Dataset):
+class Batches:
     """The batches of a run: step -> images -> views.
 
     With a seed, for training: random views, a pure function of (seed, step, view). An epoch is
@@ -453,7 +439,7 @@ class Batches(torch.utils.data.Dataset):
     smaller. Every rank gets the whole batch.
 
     Views of images in memory are made on the device, by Augment.apply. Images on disk are cropped
-    by a worker, in __getitem__, and finished on the device, by Augment.finish.
+    by data workers, see `_Crops`, and finished on the device, by Augment.finish.
     """
 
     images: Images
@@ -477,7 +463,7 @@ class Batches(torch.utils.data.Dataset):
         share = self.batch_size // self.world
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def _numbers(self, step: int) -> list[np.ndarray | None]:
+    def numbers(self, step: int) -> list[np.ndarray | None]:
         """The random numbers of this rank's samples, for each view; None for a centre crop."""
         if self.seed is None:
             return [None] * len(self.recipes)
@@ -500,70 +486,45 @@ class Batches(torch.utils.data.Dataset):
             for step in steps:
                 rows = self.rows(step)
                 images = self.images.pixels.index_select(0, _to(rows, device))
-                pairs = zip(self.recipes, self._numbers(step), strict=True)
+                pairs = zip(self.recipes, self.numbers(step), strict=True)
                 yield rows, [recipe.apply(images, u) for recipe, u in pairs]
             return
-        loaded = self._load(steps, workers, pin_memory=device.type == "cuda")
+        loaded = _load(_Crops(self), steps, workers, pin_memory=device.type == "cuda")
         for step, (crops, unreadable) in zip(steps, loaded, strict=True):
             self.images.note_broken(unreadable)
             crops = [crop.to(device, non_blocking=True) for crop in crops]
-            numbers = self._numbers(step)  # drawn again, the same as in the worker
+            numbers = self.numbers(step)  # drawn again, the same as in the worker
             triples = zip(self.recipes, crops, numbers, strict=True)
             yield self.rows(step), [recipe.finish(x, u) for recipe, x, u in triples]
 
-    def _load(self, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
-        """self[step] of each step, made by worker processes, or by this one if workers is 0.
 
-        To the DataLoader an item of this data set is a whole batch, and its index is the step.
-        """
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            worker_init_fn=_start_worker,
-            pin_memory=pin_memory,
-        )
-        handler = signal.getsignal(signal.SIGCHLD)
-        try:
-            batches = iter(loader)
-            # With workers torch has now installed a handler that raises when one of them dies,
-            # wherever the trainer is. Put back the old one: then the loader raises, here, when it
-            # next waits for a batch.
-            if signal.getsignal(signal.SIGCHLD) is not handler:
-                signal.signal(signal.SIGCHLD, handler)
-            yield from batches
-        except Exception as error:
-            # A worker's error keeps its type, but its text is the worker's traceback, whose last
-            # line is as "common.DataError: what happened". Without workers it is "what happened".
-            text = str(error).strip() or repr(error)
-            line = text.splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
-            if not isinstance(error, DataError):
-                hint = "a data worker killed, or out of memory? (fewer --workers need less)"
-                line = f"loading images failed ({line}): {hint}"
-            raise DataError(line) from error
+class _Crops(torch.utils.data.Dataset):
+    """What data workers make of images on disk. An item is a whole batch, its index the step."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
 
     def __getitem__(self, step: int) -> tuple[list[Tensor], dict[int, str]]:
-        """A worker's part for images on disk: decodes a file once and crops it for all its views.
+        """Decodes each file once and crops it for all its views.
 
         Returns for each recipe (B, 3, size, size) uint8, and the unreadable images, as `read` does.
         Colours are innermost in memory, as decoders and resizing have them.
         """
-        rows = self.rows(step)
-        numbers = self._numbers(step)
-        shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in self.recipes]
+        batches = self.batches
+        rows, numbers = batches.rows(step), batches.numbers(step)
+        shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in batches.recipes]
         crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
         unreadable = {}
         for start in range(0, len(rows), 8):  # a few at a time, because decoded images are large
             part = slice(start, start + 8)
             images = []
             for row in rows[part]:
-                image, bad = self.images.read(int(row))
+                image, bad = batches.images.read(int(row))
                 images.append(image)
                 unreadable.update(bad)
             heights, widths = np.array([image.shape[1:] for image in images]).T
-            for recipe, u, out in zip(self.recipes, numbers, crops, strict=True):
-                if self.seed is None:
+            for recipe, u, out in zip(batches.recipes, numbers, crops, strict=True):
+                if u is None:
                     boxes, flips = recipe.centre_boxes(heights, widths)
                 else:
                     boxes, flips = recipe.boxes(u[part], heights, widths)
@@ -572,12 +533,56 @@ class Batches(torch.utils.data.Dataset):
         return [crop.permute(0, 3, 1, 2) for crop in crops], unreadable
 
 
+def _load(items: _Crops, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
+    """items[step] of each step, made by worker processes, or by this one if workers is 0."""
+    loader = torch.utils.data.DataLoader(
+        items,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+    )
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        loaded = iter(loader)
+        # With workers torch has now installed a handler that raises when one of them dies, wherever
+        # the trainer is. Put back the old one: then the loader raises, here, when it next waits for
+        # an item.
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
+        yield from loaded
+    except Exception as error:
+        # A worker's error keeps its type, but its text is the worker's traceback, whose last line
+        # is as "common.DataError: what happened". Without workers it is "what happened".
+        text = str(error).strip() or repr(error)
+        line = text.splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+        if not isinstance(error, DataError):
+            hint = "if a data worker was killed, fewer --workers need less memory"
+            line = f"loading images failed ({line}): {hint}"
+        raise DataError(line) from error
+
+
+def _start_worker(_: int) -> None:
+    """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
+
+    A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
+    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1. torch ends
+    workers that hang by SIGTERM: ten seconds after it an alarm ends the worker. If the trainer
+    dies, torch ends the worker within seconds.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # A decoded image has its colours innermost. [None] comes after the permute: there the new
-    # dimension gets the stride 3 H W of channels_last (image[None] has 3), and interpolate is
-    # faster.
+    # A decoded image has its colours innermost. This view of it and image[None] are alike, but for
+    # the stride of the first dimension: here 3 H W, as in channels_last, there 3. By that stride
+    # interpolate knows the layout, and is faster.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -680,7 +685,7 @@ class Augment:
     (images on disk are resized as uint8), whatever the autocast state.
     """
 
-    size: int = 224  # pixels a side; if blur > 0, at least 3.5 sigma[1] + 2, or _blur may raise
+    size: int = 224  # pixels a side
     scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.5  # probability
@@ -951,11 +956,12 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 # Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
 # them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# In all cases it is K with the sign of g - b (that of 0 counted as +), where
+# The circle of hues is symmetric about red: to swap g and b negates the hue. So one formula will do
+# for g >= b. In all cases the hue is K with the sign of g - b (that of 0 counted as +), where
 #     K = 1/6 + (g + b - r - m) / 6d = ((M - r) + (g - m) + (b - m)) / 6d >= 0
 # For g >= b: if g is the largest, g - m = d, and K is 1/6 + (d + b - r) / 6d, the textbook's; if r
-# is, b = m and r = m + d, and K is 1/6 + (g - b - d) / 6d = (g - b) / 6d. For g < b: to swap g and
-# b leaves K as it is and negates the textbook's. So (.2, .4, .8) has K = .39 and the hue -.39.
+# is, b = m and r = m + d, and K is 1/6 + (g - b - d) / 6d = (g - b) / 6d. To swap g and b leaves K
+# as it is. For example, (.2, .4, .8) has K = .39 and the hue -.39.
 #
 # Back: green is M up to 1/6 of a turn from its own hue, 1/3, then falls to m at 1/3 from it; so
 # does blue from 2/3. Red is m up to 1/6 from 1/2, then rises to M at 1/3 from it. With the distance
@@ -1019,9 +1025,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     tap = (j - o).abs().clamp_(max=radius + 1)
     band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
     end = radius + blocks * block - size  # the last block is filled up
-    # F.pad raises unless end = radius + (blocks * block - size) < size. The radius is less than
-    # 3.3 sigma[1] + 1, the bracket at most blocks - 1, which is less than size / 32: a size of
-    # 3.5 sigma[1] + 2 is enough.
+    if end >= size:
+        raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Now x is (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together.
     # Along the height,
@@ -1076,6 +1081,7 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         # Every rank's loss depends on this rank's rows: their gradient is the sum over the ranks.
         total = grad.clone(memory_format=torch.contiguous_format)  # others may hold `grad` too
@@ -1250,8 +1256,9 @@ class _PairSums(torch.autograd.Function):
     backward, with g = dL/dS, dL/dx_i = sum_j E_ij (g_i + g_j) x_j, as E_ij is a part of S_i and
     of S_j.
 
-    Blocks without a row or column of these pairs are skipped. In backward g is 0 for the rows of
-    other ranks' pairs, so these blocks add nothing there either.
+    Only blocks with a row or a column of this rank's pairs are visited. They may have rows or
+    columns of other pairs too, whose sums stay incomplete and are thrown away; in backward their g
+    is 0.
     """
 
     @staticmethod
@@ -1272,7 +1279,7 @@ class _PairSums(torch.autograd.Function):
                 if i != j:
                     parts[j].add_(e.sum(0))
         ctx.save_for_backward(x)
-        return sums.view(2, -1)[:, ctx.pairs]  # the others are incomplete
+        return sums.view(2, -1)[:, ctx.pairs]
 
     @staticmethod
     @once_differentiable

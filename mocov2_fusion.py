@@ -34,10 +34,10 @@ an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in
 learns from the loss, and is dropped after training.
 
 The loss must not fall without the images being compared. Three marks could tell a query its key:
-- The index in the batch. Conv has weights of its own for each index, and could print a pattern i on
-  query i and on key i. In the queue only one key in B was at index i and carries this pattern:
-  nearly all negatives could be recognised without a look at the images. Therefore the images of the
-  keys are put in a fresh random order, fused, and put back (`fuse`).
+- The index in the batch. Conv has weights of its own for each index, and could print a pattern i (a
+  mixture of the batch) on query i and on key i. In the queue only one key in B was at index i and
+  carries this pattern: nearly all negatives could be recognised without a look at the images.
+  Therefore the images of the keys are put in a fresh random order, fused, and put back (`fuse`).
 - The statistics of batch norm in a batch of one rank. Therefore the ranks exchange images before
   they make keys, as in MoCo (`keys`). On a single rank this mark remains.
 - What all fused images of a batch have in common, as each contains a little of all B images: a
@@ -101,7 +101,7 @@ from torchvision.utils import save_image
 #   in a key says what the numbers are for.
 # - info_nce(q, k, queue, temperature): row i of k is the positive of row i of q, the rows of the
 #   queue are the negatives of all. It normalises q and k, and returns the mean loss of this rank's
-#   queries. Its gradient is computed at once: the queue may be overwritten before backward.
+#   queries.
 # - gather joins the rows of all ranks, and passes gradients on; here it is called for images and
 #   keys, which need none.
 from common import (
@@ -275,7 +275,7 @@ class Method(nn.Module):
             for part in (self.backbone, self.projector, self.fusion)
         )
         # Parameters, where MoCo has buffers: DistributedDataParallel sends buffers from rank 0 to
-        # the others in every step. Batch norms need that; the queue is the same on all ranks.
+        # the others in every step, up to 34 MB for nothing, as all ranks compute the same queue.
         self.queues = nn.ParameterList()  # one for each view that gives queries: see `forward`
         for view in range(2 if args.symmetric else 1):
             random = generator(args.seed, "queue", view)
@@ -328,9 +328,9 @@ class Method(nn.Module):
         x1, x2 = self.fuse(x1, x2, step)
         q = self.projector(self.backbone(x1))
         k = self.keys(x2, step)
-        loss = info_nce(q, k.chunk(WORLD)[RANK], queue, self.args.temperature)
+        # A clone, as the queue is overwritten before the loss's backward.
+        loss = info_nce(q, k.chunk(WORLD)[RANK], queue.clone(), self.args.temperature)
         place = step * len(k) % len(queue)  # K is a multiple of the batch
-        # Before backward, which is safe: info_nce has computed its gradient already.
         queue[place : place + len(k)] = k
         return loss, q
 
@@ -338,7 +338,6 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own, in place of info_nce in `contrast`:
-        - pass it queue.clone(), as the queue is overwritten before backward;
         - return on each rank a number whose mean over the ranks is the loss of all images;
         - if it compares images of all ranks: gather(z) of common.py makes (WORLD B, d) of (B, d);
         - as common.py's losses do, cast to float32, and compute within

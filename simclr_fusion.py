@@ -26,10 +26,11 @@ an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in
 (Where a row ends, the neighbour is the start of the next one, as D and N are flattened.) The layer
 learns from the loss, and is dropped after training.
 
-Conv has weights of its own for each index in the batch, so it could print a pattern of its own on
-the image at each index. If both views of an image had the same index, they would have the same
-pattern, and the loss would fall without the images being compared. Therefore view 2 is put in a
-fresh random order, fused, and put back: then a pattern says nothing of the partner.
+Conv has weights of its own for each index in the batch, so it could print a pattern of its own, its
+own mixture of the batch, on the image at each index. If both views of an image had the same index,
+they would have the same pattern, and the loss would fall without the images being compared.
+Therefore view 2 is put in a fresh random order, fused, and put back: then a pattern says nothing of
+the partner.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
