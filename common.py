@@ -170,7 +170,7 @@ class OnDisk:
                 return self.decode(i), unreadable
             except Exception as error:  # decoders have many words for a broken file
                 unreadable[i] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        *_, reason = unreadable.values()
+        reason = list(unreadable.values())[-1]
         found = f"{self.path(index)!r} and {len(unreadable) - 1} files after it"
         raise DataError(f"{found} can't be read as images (the last one: {reason})")
 
@@ -567,9 +567,9 @@ def _start_worker(_: int) -> None:
     """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
 
     A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
-    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1. torch ends
-    workers that hang by SIGTERM: ten seconds after it an alarm ends the worker. If the trainer
-    dies, torch ends the worker within seconds.
+    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1. It may not
+    ignore SIGTERM, by which torch ends a worker that hangs: an alarm ends it ten seconds after. If
+    the trainer dies, torch ends the worker within seconds.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -580,9 +580,8 @@ def _start_worker(_: int) -> None:
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # A decoded image has its colours innermost. This view of it and image[None] are alike, but for
-    # the stride of the first dimension: here 3 H W, as in channels_last, there 3. By that stride
-    # interpolate knows the layout, and is faster.
+    # A decoded image has its colours innermost. Unlike image[None] this view has the first stride
+    # of channels_last, 3 H W, by which interpolate knows the layout, and is faster.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -731,7 +730,11 @@ class Augment:
         return self._transform(crops, u, None)
 
     def _transform(self, images: Tensor, u: np.ndarray, boxes: Tensor | None) -> Tensor:
-        """Crops where there are boxes, then colours, gray, blur, solarize, normalise."""
+        """Crops where there are boxes, then colours, gray, blur, solarize, normalise.
+
+        x holds samples in whatever order is best: x[k] is sample rows[k]. What belongs to a sample,
+        as u, order, factors and sigma, is indexed by rows.
+        """
         count, device = len(images), images.device
         order, factors, sigma = self._parameters(u)
         factors, sigma = _to(factors, device), _to(sigma, device)
@@ -747,7 +750,6 @@ class Augment:
                 if boxes is not None:
                     x = _crop(x, boxes[part], self.size)
                 x, rows = _jitter(x.mul_(1 / 255), rows, order, factors)
-                # The jitter has sorted the samples: from here on x[k] is sample rows[k].
                 x = _change(_grayscale, u["gray"][rows] < self.gray, x)
                 x = _change(blur, u["blur"][rows] < self.blur, x, _select(sigma, rows))
                 x = _change(_solarize, u["solarize"][rows] < self.solarize, x)
@@ -796,7 +798,7 @@ class Augment:
         fits &= (tries_h >= 1) & (tries_h <= height[:, None])
         none = ~fits.any(1)
         first = (np.arange(len(u)), fits.argmax(1))  # indexes (n, 10)
-        # All of the width, unless the image is too wide for `ratio`; so with the height.
+        # If none fits: all of the width, or what `ratio` allows of it; so with the height.
         whole_w = np.clip((height * self.ratio[1]).round(), 1, width)
         whole_h = np.clip((width / self.ratio[0]).round(), 1, height)
         w = np.where(none, whole_w, tries_w[first])
@@ -822,7 +824,8 @@ class Augment:
     def _parameters(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The jitter's order (n, 4) and factors (n, 4, 1, 1, 1), the blur's sigma in pixels (n,).
 
-        So factors[:, k] broadcasts over images. Without jitter an order holds only _NOTHING.
+        In this shape factors[:, k] broadcasts over images. Without jitter an order holds only
+        _NOTHING.
         """
         which = (u["order"] * len(_ORDERS)).astype(int)
         jittered = u["jitter"] < self.jitter
@@ -953,8 +956,10 @@ def _saturation(x: Tensor, f: Tensor) -> None:
     torch.lerp(_luma(x), x, f, out=x).clamp_(0, 1)
 
 
-# Hue without case distinctions. A pixel's colours are r, g, b; m <= M the least and the largest of
-# them; d = M - m. The textbook's hue, in turns, has a case for each colour that may be largest:
+# torchvision's hue, but without its case distinctions; what follows proves that it is the same.
+#
+# A pixel's colours are r, g, b; m <= M the least and the largest of them; d = M - m. The textbook's
+# hue, in turns, has a case for each colour that may be largest:
 #     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
 # The circle of hues is symmetric about red: to swap g and b negates the hue. So one formula will do
 # for g >= b. In all cases the hue is K with the sign of g - b (that of 0 counted as +), where
@@ -1227,8 +1232,8 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
         row = torch.arange(first, last, device=x.device)[:, None]
         column = torch.arange(len(x), device=x.device) % len(pairs[0])
-        # If N = 1, all are -inf: the loss is 0. The gradient of logsumexp is NaN then, but that of
-        # masked_fill is 0.
+        # The mask: a row's own column and its pair's. If N = 1, that is all, and the loss is 0; the
+        # gradient of logsumexp is NaN then, but masked_fill passes none on.
         products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
         log_sums = products.logsumexp(2)  # (2, last - first)
     return _negative_log_softmax(positive, log_sums).sum()
@@ -1246,19 +1251,19 @@ def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
 
 
 class _PairSums(torch.autograd.Function):
-    """S_i = sum of e^(x_i . x_j) over the rows j of x (2N, d) but i and its pair, i + N or i - N.
+    """S_a = sum of e^(x_a . x_b) over the rows b of x (2N, d) but a and its pair, a + N or a - N.
 
-    Returns (2, last - first): S_i and S_(i + N) of this rank's pairs, first <= i < last.
+    Returns (2, last - first): S_a and S_(a + N) of this rank's pairs, first <= a < last.
 
-    The 2N x 2N matrix E of e^(x_i . x_j), 0 where a row meets itself or its pair, would take the
+    The 2N x 2N matrix E of e^(x_a . x_b), 0 where a row meets itself or its pair, would take the
     memory: it is made in blocks, and again in backward unless it is small. E is symmetric: block
-    (I, J) adds its rows' sums to S_I and its columns' to S_J, so blocks with J <= I suffice. In
-    backward, with g = dL/dS, dL/dx_i = sum_j E_ij (g_i + g_j) x_j, as E_ij is a part of S_i and
-    of S_j.
+    (i, j) adds its rows' sums to those of rows i and its columns' to those of rows j, so blocks
+    with j <= i suffice. In backward, with g = dL/dS, dL/dx_a = sum_b E_ab (g_a + g_b) x_b, as E_ab
+    is a part of S_a and of S_b.
 
-    Only blocks with a row or a column of this rank's pairs are visited. They may have rows or
-    columns of other pairs too, whose sums stay incomplete and are thrown away; in backward their g
-    is 0.
+    Only blocks with a row or a column of this rank's pairs are visited: they hold every E_ab that
+    is a part of this rank's sums. Other rows of these blocks get incomplete sums, which are thrown
+    away; in backward their g is 0.
     """
 
     @staticmethod
@@ -1267,7 +1272,7 @@ class _PairSums(torch.autograd.Function):
         ctx.pairs = slice(first, last)
         ctx.kept = {}
         ctx.visits = _visits(len(x), ctx.size, first, last)
-        tiny = torch.finfo(x.dtype).tiny  # not 0: of N = 1 the sums are empty, and have a log
+        tiny = torch.finfo(x.dtype).tiny  # not 0: the log is taken, also of empty sums (N = 1)
         sums = x.new_full((len(x),), tiny)
         parts = sums.split(ctx.size)
         with torch.autocast(x.device.type, enabled=False):
