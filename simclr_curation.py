@@ -314,7 +314,12 @@ def given_flags() -> Namespace:
 
 
 def choose_preset(given: Namespace, images: Images) -> dict:
-    """The column of PRESETS for the images, fitted to them and to the flags that are given."""
+    """The column of PRESETS for the images, fitted to them and to the flags that are given.
+
+    For example, 1,000 images of 64 px on 3 ranks get the column `stl10`, views of 64 px, the stem
+    `small`, and batches of 63: 256 halved to 64, which is less than an eighth of the images, and
+    rounded to the ranks.
+    """
     side = max(max(size) for size in images.sizes)
     if given.data in DATA_SETS and given.data != "cifar":  # "cifar" is a column, no data set
         column = given.data
@@ -411,8 +416,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     start = resume(run / "checkpoint.pt", args, parts)
     log("args", start, **vars(args), device=str(DEVICE))
     if args.compile:
-        for part in model.children():  # backbone, projector and what else Method has
-            # Not part.compile(), which in older torch leaves nn.Sequential as it is.
+        for part in model.children():  # not part.compile(): older torch passes over nn.Sequential
             part.forward = torch.compile(part.forward)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
@@ -436,7 +440,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages all of .grad in each backward; its earlier part, equal on all ranks, stays.
+        # DDP averages .grad: G of the batches before, plus g of this one. G is equal on all ranks:
+        # its mean is G. So no_sync is not needed; it would only spare communication.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
