@@ -6,8 +6,9 @@
     torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, 8 GPUs
     python barlow_dimcl.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues where the last run stopped. Other flags or changed code need a new
---run-dir. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and losses are in common.py.
+The same command again continues where the last run stopped. Other settings of the training or
+changed code need a new --run-dir. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and
+losses are in common.py.
 
 Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation
 C (D, D) to the identity (arXiv 2103.03230). DimCL contrasts dimensions (arXiv 2309.11782): x_1 ...
@@ -446,7 +447,8 @@ def main() -> None:
 
 
 # How a run ends.
-# - By an error: `refuse`. As soon as one rank has ended, torchrun ends the others of its machine.
+# - By an error, which one rank or all may find: `refuse`. As soon as one rank has ended, torchrun
+#   ends the others of its machine. For that they wait before they print theirs: `give_way`.
 # - By a signal. Before and after training there is nothing to save, and signals do what they do by
 #   default. In training it has to wait for the next update of the weights:
 #   1. its handler, `note_signal`, only puts its number into STOP;
@@ -459,13 +461,18 @@ PARENT = os.getppid()
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
     if LOCAL_RANK > 0:
-        # All ranks may have found the same. Then local rank 0 prints it and ends, and torchrun's
-        # SIGTERM ends this rank in silence, within five seconds.
-        set_signals(signal.SIG_DFL)
-        time.sleep(5)
+        give_way()  # the first rank may have printed the same
     line = " ".join(f"{Path(__file__).name}: {message}".split())
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def give_way() -> None:
+    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
+    if STOP:  # it has come already
+        sys.exit(128 + STOP[0])
+    set_signals(signal.SIG_DFL)
+    time.sleep(5)  # it has not come: no other rank has ended
 
 
 def end_with_torchrun() -> None:
@@ -507,13 +514,19 @@ def join_ranks() -> None:
         if DEVICE.index >= torch.cuda.device_count():
             refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", code=1)
         torch.cuda.set_device(DEVICE)
-    if "RANK" in os.environ:
-        threading.Thread(target=end_with_torchrun, daemon=True).start()
-        # In torchrun's store the ranks find each other. After a restart (--max-restarts) it still
-        # holds the addresses of the dead ranks, for which the new ones would wait (seen with torch
-        # 2.6): so each start has a prefix of its own. Use no --max-restarts on several machines:
-        # each counts its own restarts, so with different prefixes their ranks would not meet.
-        store, _, _ = next(dist.rendezvous("env://"))
+    if "RANK" in os.environ or WORLD > 1:
+        threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            # Each machine counts its own restarts: by different prefixes ranks would not meet.
+            refuse("--max-restarts works on one machine only: start the command again instead")
+        try:
+            store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
+        except ValueError as error:
+            refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
+        # After a restart (--max-restarts) this store still holds the addresses of the dead ranks,
+        # for which the new ones would wait (seen with torch 2.6): so each start has a prefix of its
+        # own.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
@@ -749,7 +762,7 @@ def resume(path: Path, args: Namespace, parts: dict) -> int:
         for key, value in settings(args).items():
             before = saved["settings"].get(key)
             if before != value:
-                raise ValueError(f"{key} was {before} and is {value}: give another --run-dir")
+                raise ValueError(f"give another --run-dir, as {key} was {before} and is {value}")
         if saved["step"] not in range(1, args.steps + 1):
             raise ValueError(f"step {saved['step']}")
         for key, part in parts.items():
@@ -878,5 +891,13 @@ if __name__ == "__main__":
         main()
     except (DataError, OSError, ImportError) as error:
         refuse(str(error), code=1)
+    except RuntimeError as error:
+        # What torch says when memory is too small, or a size in bytes too great for an integer.
+        said = str(error).lower()
+        if "alloc" in said or "out of memory" in said or "storage size" in said:
+            refuse(f"{error}: lower --batch-size or --image-size", code=1)
+        if WORLD > 1:
+            give_way()  # the error may be that another rank is gone
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()

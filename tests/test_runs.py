@@ -224,10 +224,33 @@ def test_a_run_inside_its_images_is_refused(images, tmp_path, capfd, monkeypatch
     assert {p.name for p in images.iterdir()} == {"train", "val"}
 
 
+@pytest.mark.parametrize("kernel", [99999, 2**31 - 1])
+def test_a_huge_layer_is_one_line(kernel, images, tmp_path, capfd):
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path]
+    done = inside(capfd, "simclr_fusion", *words, "--fusion-kernel", kernel)
+    assert done.code == 1 and done.err.count("\n") == 1 and "--batch-size" in done.err, done.err
+
+
 def test_wrong_use_in_a_process_of_its_own(tmp_path):
     words = ["--data", tmp_path / "nothing", "--run-dir", tmp_path / "run"]
     refused(python(ROOT / "simclr_fusion.py", *words), str(tmp_path / "nothing"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("variable", "value"), [("RANK", "0"), ("WORLD_SIZE", "2")])
+def test_ranks_that_do_not_come_from_torchrun(
+    variable, value, images, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv(variable, value)
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path / "run"]
+    refused(inside(capfd, "simclr_fusion", *words), "RANK", "torchrun")
+
+
+def test_restarts_on_several_machines_are_refused(images, tmp_path, capfd, monkeypatch):
+    for name, value in (("RANK", "0"), ("GROUP_WORLD_SIZE", "2"), ("MAX_RESTARTS", "1")):
+        monkeypatch.setenv(name.replace("MAX", "TORCHELASTIC_MAX"), value)
+    words = [*flags("simclr_fusion"), "--data", images, "--run-dir", tmp_path / "run"]
+    refused(inside(capfd, "simclr_fusion", *words), "--max-restarts", "one machine")
 
 
 def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkeypatch):
@@ -505,6 +528,7 @@ def test_a_failure_on_two_ranks_is_one_line(images, tmp_path):
         for done, what in zip(pool.map(failed, [1, 100]), ["the loss is", "weights"], strict=True):
             assert done.code == 1 and done.err.count("simclr_fusion.py: ") == 1, done.err
             assert f"simclr_fusion.py: {what} not finite" in done.err
+            assert "RuntimeError" not in done.err
 
 
 def test_a_rank_ends_with_its_torchrun_wherever_it_is(monkeypatch):
