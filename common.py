@@ -720,8 +720,8 @@ class Augment:
         if u is None:
             return self.centre(images)
         boxes, flips = self.boxes(u, *images.shape[2:])
-        crops = np.column_stack([boxes, flips]).astype(np.float32)  # (B, 5)
-        return self._transform(images, u, _to(crops, images.device))
+        boxes = np.column_stack([boxes, flips]).astype(np.float32)  # (B, 5)
+        return self._transform(images, u, _to(boxes, images.device))
 
     def finish(self, crops: Tensor, u: np.ndarray | None) -> Tensor:
         """The same for images that a worker has cropped, resized and flipped already."""

@@ -136,6 +136,13 @@ def test_blur(size, device):
         assert (mine - TF.gaussian_blur(image, [15, 15], [0.1 + 1.9 * v])).abs().max() <= 1e-5
 
 
+def test_a_blur_too_wide_for_a_view_is_refused(device):
+    """A view is reflected at its edges, by the radius of 7 px."""
+    only(8, blur=1).apply(noise(2, device=device), fixed([0.5, 0.5]))
+    with pytest.raises(ValueError, match="7 px are too small.* radius 7"):
+        only(7, blur=1).apply(noise(2, device=device), fixed([0.5, 0.5]))
+
+
 def test_solarize(device):
     check(only(solarize=1), lambda x, v: TF.solarize(x, 0.5), device)
 

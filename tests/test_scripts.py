@@ -708,6 +708,22 @@ def test_a_batch_to_accumulate_that_exceeds_the_data_is_refused(machine, capsys)
     assert args.batch_size == 2 and args.epoch_steps == 27
 
 
+def test_no_two_steps_of_two_seeds_share_their_dropout(machine, device, tmp_path, monkeypatch):
+    seeds, manual_seed = [], torch.manual_seed
+
+    def recorded(seed):
+        seeds.append(seed)
+        return manual_seed(seed)
+
+    for number in (0, 1):
+        flags = f"--seed {number} --epochs 1 --batch-size 16 --run-dir {tmp_path / str(number)}"
+        run, backbone = built(machine, flags), small_backbone().to(device)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "manual_seed", recorded)
+            machine.train(backbone, run.data, run.args, machine.Log(run.args))
+    assert len(seeds) == len(set(seeds)) == 8
+
+
 VARIANTS = {  # the plain methods, and what else changes the step
     "simclr_fusion": ["", "--fusion-layers 0", "--no-fusion-shuffle"],
     "mocov2_fusion": ["", "--fusion-layers 0", "--no-fusion-shuffle"],
