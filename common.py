@@ -6,6 +6,11 @@
    cropped one by one, where they are decoded: by data workers, on the CPU.
 3. Losses: `nt_xent`, `info_nce`, `byol_loss`, `barlow_twins`, `dimcl`; `gather` for several ranks.
 
+    view = replace(SIMCLR, size=32, blur=0.0)
+    batches = Batches(load_data("shapes").pretrain, [view, view], batch_size=256, seed=0)
+    for _, (x1, x2) in batches.stream(range(100), torch.device("cpu")):
+        loss = nt_xent(net(x1), net(x2), temperature=0.2)
+
 Whatever is random is a pure function of (seed, step, view), for given images and batch size: see
 `generator`. So nothing random has to be saved to continue a run, and neither the number of workers
 nor that of ranks changes a batch.
@@ -121,8 +126,9 @@ class OnDisk:
         self.folder = os.fsencode(folder)
         self.files = files
         self.labels = labels
-        # Files found unreadable, and of how many. `take` passes both on, so that a file that is in
-        # several parts of a folder counts and is named once.
+        # Files found unreadable, and of how many: see `note_broken`, which the trainer calls, not
+        # its workers. `take` passes both on, so that a file that is in several parts of a folder
+        # counts and is named once.
         self.broken: set[bytes] = set()
         self.total = len(files)
 
@@ -438,8 +444,9 @@ class Batches:
     Without a seed, for evaluation: centre crops of all images in their order, the last batch
     smaller. Every rank gets the whole batch.
 
-    Views of images in memory are made on the device, by Augment.apply. Images on disk are cropped
-    by data workers, see `_Crops`, and finished on the device, by Augment.finish.
+    What is random about views is drawn first, as numbers u, by Augment.draw. By these Augment.apply
+    makes views of images in memory, on the device. Images on disk are cropped by the same numbers
+    in data workers, see `_Crops`, and become views on the device, by Augment.finish.
     """
 
     images: Images
@@ -464,7 +471,7 @@ class Batches:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def numbers(self, step: int) -> list[np.ndarray | None]:
-        """The random numbers of this rank's samples, for each view; None for a centre crop."""
+        """For each view the random numbers of this rank's samples, (B,) of NUMBERS, or None."""
         if self.seed is None:
             return [None] * len(self.recipes)
         numbers = []
@@ -499,7 +506,10 @@ class Batches:
 
 
 class _Crops(torch.utils.data.Dataset):
-    """What data workers make of images on disk. An item is a whole batch, its index the step."""
+    """What data workers make of images on disk. An item is a whole batch, its index the step.
+
+    No length is needed, as the loader is told the steps.
+    """
 
     def __init__(self, batches: Batches):
         self.batches = batches
@@ -580,8 +590,8 @@ def _start_worker(_: int) -> None:
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # A decoded image has its colours innermost. Unlike image[None] this view has the first stride
-    # of channels_last, 3 H W, by which interpolate knows the layout, and is faster.
+    # A decoded image has its colours innermost. image[None] has strides (3, 1, 3 W, 3), this view
+    # (3 H W, 1, 3 W, 3), by which interpolate knows channels_last, and is faster.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -732,8 +742,8 @@ class Augment:
     def _transform(self, images: Tensor, u: np.ndarray, boxes: Tensor | None) -> Tensor:
         """Crops where there are boxes, then colours, gray, blur, solarize, normalise.
 
-        x holds samples in whatever order is best: x[k] is sample rows[k]. What belongs to a sample,
-        as u, order, factors and sigma, is indexed by rows.
+        x[k] is sample rows[k], because `_jitter` sorts samples. What belongs to a sample of the
+        batch, as u, order, factors and sigma, is indexed by rows.
         """
         count, device = len(images), images.device
         order, factors, sigma = self._parameters(u)
@@ -956,23 +966,25 @@ def _saturation(x: Tensor, f: Tensor) -> None:
     torch.lerp(_luma(x), x, f, out=x).clamp_(0, 1)
 
 
-# torchvision's hue, but without its case distinctions; what follows proves that it is the same.
+# torchvision's hue, but without its case distinctions.
 #
-# A pixel's colours are r, g, b; m <= M the least and the largest of them; d = M - m. The textbook's
-# hue, in turns, has a case for each colour that may be largest:
-#     r: (g - b) / 6d,   g: 1/3 + (b - r) / 6d,   b: -1/3 + (r - g) / 6d
-# The circle of hues is symmetric about red: to swap g and b negates the hue. So one formula will do
-# for g >= b. In all cases the hue is K with the sign of g - b (that of 0 counted as +), where
-#     K = 1/6 + (g + b - r - m) / 6d = ((M - r) + (g - m) + (b - m)) / 6d >= 0
-# For g >= b: if g is the largest, g - m = d, and K is 1/6 + (d + b - r) / 6d, the textbook's; if r
-# is, b = m and r = m + d, and K is 1/6 + (g - b - d) / 6d = (g - b) / 6d. To swap g and b leaves K
-# as it is. For example, (.2, .4, .8) has K = .39 and the hue -.39.
+# A pixel's colours are r, g, b; m <= M the least and the largest of them; d = M - m. The hue counts
+# turns of the colour circle. Between these places one colour changes, linearly:
 #
-# Back: green is M up to 1/6 of a turn from its own hue, 1/3, then falls to m at 1/3 from it; so
-# does blue from 2/3. Red is m up to 1/6 from 1/2, then rises to M at 1/3 from it. With the distance
-# c(h) = |hue - h| clamped to [1/6, 1/3] (the other way round the circle it is at least 1/3),
+#     hue    0    1/6    1/3    1/2    2/3    5/6    1
+#     r      M    M      m      m      m      M      M
+#     g      m    M      M      M      m      m      m
+#     b      m    m      m      M      M      M      m
+#
+# Up to 1/2, where g >= b, first g rises from m to M, then r falls, then b rises: so the hue is
+#     K = ((g - m) + (M - r) + (b - m)) / 6d = 1/6 + (g + b - r - m) / 6d
+# The other half is the same with g and b swapped, and backwards: the hue is -K, or 1 - K.
+#
+# Back: g is M up to 1/6 of a turn from 1/3, and m from 1/3 of a turn on; so is b about 2/3. r is m
+# up to 1/6 from 1/2, and M from 1/3 on. With c(h) = |hue - h| clamped to [1/6, 1/3],
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
-# Of gray d is 0, and all three are m.
+# (Where the way round the circle is shorter than |hue - h|, both are 1/3 or more.) Of gray d is 0,
+# and all three are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -985,6 +997,7 @@ def _hue(x: Tensor, f: Tensor) -> None:
     hue = hue.copysign_(green - blue).add_(f + 1).frac_()  # with its sign, and turned: in [0, 1)
     bottom = low.sub_(six_d, alpha=1 / 6)  # m - d
     top = high.add_(six_d, alpha=1 / 6)  # M + d
+    # From here red, green and blue, which are x itself, are not read any more.
     torch.addcmul(bottom, six_d, _distance(hue, 1 / 2), out=red)
     torch.addcmul(top, six_d, _distance(hue, 1 / 3), value=-1, out=green)
     torch.addcmul(top, six_d, _distance(hue, 2 / 3), value=-1, out=blue)
@@ -1014,7 +1027,10 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     As a product with a matrix for the rows, then one for the columns. Output o weights pixel j with
     tap |j - o|, so the matrix is a band. To skip its zeros: `block` neighbouring outputs
     need only `reach` = block + 2 radius pixels, and one small matrix (block, reach) serves all
-    blocks of both directions. At s = 64 and radius 7: two blocks of 32 outputs, from 46 pixels.
+    blocks of both directions. For block 2, radius 1, taps a at 0, b at 1:
+
+        b a b 0    gives outputs 0, 1 from pixels -1 to 2, outputs 2, 3 from pixels 1 to 4, ...
+        0 b a b
     """
     size = x.shape[3]
     blocks = math.ceil(size / 32)
@@ -1034,7 +1050,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
         raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
     # Now x is (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together.
-    # Along the height,
+    # Of each block output o is the sum over j of band[o, j] times its pixel j. Along the height,
     x = x.unfold(2, reach, block)  # (n, 3, blocks, w, reach): what is unfolded comes last
     x = x.mT  # (n, 3, blocks, reach, w)
     x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
@@ -1054,14 +1070,17 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 
 # ---------------------------------------------------------------------------------------- losses
 #
-# Under several ranks each loss is given this rank's rows and gathers the others' where its formula
-# needs them (info_nce and byol_loss need none). The rule for a new loss: if rank r of W returns
-# L_r, then the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
+# Under several ranks each loss is given this rank's rows z_r and gathers the others' where its
+# formula needs them (info_nce and byol_loss need none). On rank r of W it returns L_r. The rule for
+# a new loss: the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
 # over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins), or W times
-# this rank's share of it (dimcl). The backward of `gather` sums the gradients of all L_r, and
-# DistributedDataParallel averages over the ranks, that is divides by W: what comes out is the
-# gradient of the mean. Rows may also be used without `gather`, as z below: such a use is in L_r
-# alone, and adds the gradient of L_r alone. For example,
+# this rank's share of it (dimcl). Then parameters p get the right gradient,
+#
+#     1/W sum_r  d(L_0 + L_1 + ...)/dz_r  dz_r/dp
+#
+# as the backward of `gather` sums what all L have for z_r, and DistributedDataParallel makes the
+# mean over r. Rows may also be used without `gather`, as z below: then only L_r depends on them.
+# For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
@@ -1115,8 +1134,8 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
 
 
 # At this temperature an exponential is at most e^40 and a sum of a million of them e^54, which
-# float32 holds (up to e^88). Below it losses are computed in float64, as rounding errors are
-# divided by the temperature, and with logsumexp, which subtracts the maximum.
+# float32 holds (up to e^88). At lower ones it could not: sums are made by logsumexp, which takes
+# the maximum out; and in float64, as rounding errors of cosines are divided by the temperature.
 FLOAT32_OK = 0.025
 
 
@@ -1162,7 +1181,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
     q = _unit(q, temperature, dim=1, eps=1e-24)
     k = _unit(k, temperature, dim=1, eps=1e-24)
     keys = queue.detach().to(q.dtype)
-    # q . k is cosine / t, as both have norm t^-1/2; the keys of the queue have norm 1.
+    # q . k is cosine / t, as `_unit` gave both the norm t^-1/2. The queue's keys have norm 1.
     rows = q / math.sqrt(temperature)
     if temperature >= FLOAT32_OK:
         log_sums = _QueueSums.apply(rows, keys).log()
@@ -1253,17 +1272,19 @@ def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
 class _PairSums(torch.autograd.Function):
     """S_a = sum of e^(x_a . x_b) over the rows b of x (2N, d) but a and its pair, a + N or a - N.
 
-    Returns (2, last - first): S_a and S_(a + N) of this rank's pairs, first <= a < last.
+    Returns (2, last - first): S_a and S_(a + N) of this rank's pairs, first <= a < last. In short:
 
-    The 2N x 2N matrix E of e^(x_a . x_b), 0 where a row meets itself or its pair, would take the
-    memory: it is made in blocks, and again in backward unless it is small. E is symmetric: block
-    (i, j) adds its rows' sums to those of rows i and its columns' to those of rows j, so blocks
-    with j <= i suffice. In backward, with g = dL/dS, dL/dx_a = sum_b E_ab (g_a + g_b) x_b, as E_ab
-    is a part of S_a and of S_b.
+        E = (x @ x.T).exp(), 0 where a row meets itself or its pair
+        S = E.sum(1)
+        dL/dx_a = sum_b E_ab (g_a + g_b) x_b, g = dL/dS, as E_ab is a part of S_a and of S_b
+
+    But E (2N, 2N) would take the memory: it is made in blocks, and again in backward unless it is
+    small. It is symmetric: block (i, j) adds its rows' sums to those of rows i and its columns' to
+    those of rows j, so blocks with j <= i suffice.
 
     Only blocks with a row or a column of this rank's pairs are visited: they hold every E_ab that
     is a part of this rank's sums. Other rows of these blocks get incomplete sums, which are thrown
-    away; in backward their g is 0.
+    away. For other pairs g is 0, so blocks that are not visited have no part in dL/dx.
     """
 
     @staticmethod
