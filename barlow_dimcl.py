@@ -172,6 +172,7 @@ MAY_BE_0 += ["dimcl_weight", "redundancy_weight"]
 
 # ------------------------------------------------------------------------------------ the method
 #
+# A step is one batch, of all ranks; with --accumulate several make one update of the weights.
 # `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below derives:
 # ranks, images (their number), checksum, epoch_steps, steps, warmup_steps, peak_lr (lr scaled by
 # the images of an update), chance_loss, views (recipes as texts).
@@ -218,9 +219,10 @@ class Method(nn.Module):
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
 
-        Nothing else is needed: the backward of gather sums the gradients of all ranks' losses, and
-        DistributedDataParallel divides by the number of ranks, so parameters get the gradient of
-        that mean.
+        For example, `gather(z1).float().mean(0).square().sum()`, added on each rank, draws the mean
+        embedding of all images to 0. The backward of gather sums the gradients of all ranks'
+        losses, and DistributedDataParallel divides by their number: so parameters get the gradient
+        of (L_0 + L_1 + ...) / WORLD, where rank r returns L_r.
         """
         # Each view by itself, as published: batch norm sees one view's statistics at a time.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
@@ -234,7 +236,7 @@ class Method(nn.Module):
 
 
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
-    """Two groups: weights; biases and norms, without decay and LARS, at a rate of their own."""
+    """Two groups: weights; biases and norms, without decay and LARS. `peak`: the highest rate."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     bias_peak = args.peak_lr
@@ -248,7 +250,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
 # ----------------------------------------- settings: the same in all five scripts but fit_method
 #
-# A given flag wins; else its default or the column of PRESETS counts, fitted to the images.
+# The command line is parsed twice. First alone, in `given_flags`, which finds what is given and
+# where the images are. `choose_preset` then fits a column of PRESETS to the images, and `configure`
+# parses again on top of it: a given flag wins over the column, and the column over a default.
 # `configure` adds what follows from these, and `fit_method` what only this method needs.
 
 
@@ -388,8 +392,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad: G of the batches before, plus g of this one. G is equal on all ranks:
-        # its mean is G. So no_sync is not needed; it would only spare communication.
+        # With --accumulate .grad is G, of the batches before, plus g, of this one, and DDP averages
+        # the sum. G was averaged before: it is equal on all ranks, and its mean is G. So no_sync is
+        # not needed; it would only spare communication.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -447,8 +452,13 @@ def main() -> None:
 
 
 # How a run ends.
-# - By an error, which one rank or all may find: `refuse`. As soon as one rank has ended, torchrun
-#   ends the others of its machine. For that they wait before they print theirs: `give_way`.
+# - By an error: `refuse`. As soon as one rank has ended, torchrun sends SIGTERM to the others of
+#   its machine.
+#     all find the error, as a wrong flag: rank 0 prints it and ends. The others wait for SIGTERM,
+#                                          in `wait_for_torchrun`, and print nothing.
+#     rank 0 alone, as a full disk:        the same, but that the others were at work.
+#     rank 3 alone, as a broken folder:    no SIGTERM comes; after five seconds rank 3 prints it and
+#                                          ends.
 # - By a signal. Before and after training there is nothing to save, and signals do what they do by
 #   default. In training it has to wait for the next update of the weights:
 #   1. its handler, `note_signal`, only puts its number into STOP;
@@ -461,18 +471,18 @@ PARENT = os.getppid()
 def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
     if LOCAL_RANK > 0:
-        give_way()  # the first rank may have printed the same
+        wait_for_torchrun()  # the first rank may have printed the same
     line = " ".join(f"{Path(__file__).name}: {message}".split())
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def give_way() -> None:
+def wait_for_torchrun() -> None:
     """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
-    if STOP:  # it has come already
+    if STOP:  # it has come already: in training `note_signal` keeps it
         sys.exit(128 + STOP[0])
     set_signals(signal.SIG_DFL)
-    time.sleep(5)  # it has not come: no other rank has ended
+    time.sleep(5)  # if it has not come by then, no other rank has ended
 
 
 def end_with_torchrun() -> None:
@@ -516,20 +526,27 @@ def join_ranks() -> None:
         torch.cuda.set_device(DEVICE)
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-        if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            # Each machine counts its own restarts: by different prefixes ranks would not meet.
-            refuse("--max-restarts works on one machine only: start the command again instead")
-        try:
-            store, _, _ = next(dist.rendezvous("env://"))  # torchrun's, where ranks find each other
-        except ValueError as error:
-            refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-        # After a restart (--max-restarts) this store still holds the addresses of the dead ranks,
-        # for which the new ones would wait (seen with torch 2.6): so each start has a prefix of its
-        # own.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = torchrun_store()
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
+
+
+def torchrun_store() -> dist.Store:
+    """Where the ranks find each other's addresses, as init_process_group() would by itself.
+
+    But after a restart, which follows a failure with torchrun's --max-restarts, the store still
+    holds those of the dead ranks, for which the new ones would wait (seen with torch 2.6): so each
+    start has a prefix of its own, the count of restarts. Each machine counts for itself: ranks of
+    several, with unequal prefixes, would not meet.
+    """
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        refuse("--max-restarts works on one machine only: start the command again instead")
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -762,7 +779,7 @@ def resume(path: Path, args: Namespace, parts: dict) -> int:
         for key, value in settings(args).items():
             before = saved["settings"].get(key)
             if before != value:
-                raise ValueError(f"give another --run-dir, as {key} was {before} and is {value}")
+                refuse(f"give another --run-dir: {key} was {before} in {path} and is {value} now")
         if saved["step"] not in range(1, args.steps + 1):
             raise ValueError(f"step {saved['step']}")
         for key, part in parts.items():
@@ -897,7 +914,7 @@ if __name__ == "__main__":
         if "alloc" in said or "out of memory" in said or "storage size" in said:
             refuse(f"{error}: lower --batch-size or --image-size", code=1)
         if WORLD > 1:
-            give_way()  # the error may be that another rank is gone
+            wait_for_torchrun()  # the error may be that another rank is gone
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
