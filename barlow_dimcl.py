@@ -6,9 +6,14 @@
     torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, 8 GPUs
     python barlow_dimcl.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues where the last run stopped. Other settings of the training or
-changed code need a new --run-dir. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and
-losses are in common.py.
+The same command again continues where the last run stopped. Other settings of the training need a
+new --run-dir; so does changed code, which is not noticed. --eval needs the training's --arch,
+--stem and --image-size. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and losses are
+in common.py.
+
+Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
+the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
+in common.py.
 
 Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation
 C (D, D) to the identity (arXiv 2103.03230). DimCL contrasts dimensions (arXiv 2309.11782): x_1 ...
@@ -220,9 +225,9 @@ class Method(nn.Module):
         - change `chance_loss` in fit_method as well, which is for the log alone.
 
         For example, `gather(z1).float().mean(0).square().sum()`, added on each rank, draws the mean
-        embedding of all images to 0. The backward of gather sums the gradients of all ranks'
-        losses, and DistributedDataParallel divides by their number: so parameters get the gradient
-        of (L_0 + L_1 + ...) / WORLD, where rank r returns L_r.
+        embedding of all images to 0. If rank r returns L_r, the backward of gather gives the rows
+        of each rank the gradient of L_0 + L_1 + ..., and DistributedDataParallel divides by WORLD:
+        so parameters get the gradient of the mean.
         """
         # Each view by itself, as published: batch norm sees one view's statistics at a time.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
@@ -375,6 +380,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
     history, began, waited = [], time.perf_counter(), 0.0
     for step in range(start, args.steps):
+        # Here, after the checkpoint of the epoch; the probe after the last one is in `evaluate`.
         if args.probe_every and data.train is not None and step > 0:
             if step % (args.probe_every * args.epoch_steps) == 0:
                 paused = time.perf_counter()
@@ -413,7 +419,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             continue
         # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32)
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
-        stop = asked_to_stop()  # the number of a signal, or 0: see "How a run ends"
+        stop = asked_to_stop()  # the number of a signal, or 0: see "how a run ends"
         if stop or save_due or done % args.epoch_steps == 0:
             if RANK == 0:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
@@ -437,7 +443,7 @@ def main() -> None:
         with readable(Path(args.eval)):
             backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
-    set_signals(note_signal)  # from here a signal waits: see "How a run ends"
+    set_signals(note_signal)  # from here a signal waits: see "how a run ends"
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
     if STOP:  # the number of a signal that came after the last step: all is saved
@@ -447,75 +453,7 @@ def main() -> None:
 
 # ------------------------------------------------------ machinery: the same in all five scripts
 #
-# First how a run ends, then, in the order of a run: ranks, network, optimizer, log, checkpoint,
-# probe, pictures.
-
-
-# How a run ends.
-# - By an error: `refuse`. As soon as one rank has ended, torchrun sends SIGTERM to the others of
-#   its machine.
-#     all find the error, as a wrong flag: rank 0 prints it and ends. The others wait for SIGTERM,
-#                                          in `wait_for_torchrun`, and print nothing.
-#     rank 0 alone, as a full disk:        the same, but that the others were at work.
-#     rank 3 alone, as a broken folder:    no SIGTERM comes; after five seconds rank 3 prints it and
-#                                          ends.
-# - By a signal. Before and after training there is nothing to save, and signals do what they do by
-#   default. In training it has to wait for the next update of the weights:
-#   1. its handler, `note_signal`, only puts its number into STOP;
-#   2. after each update `asked_to_stop` finds out whether any rank has received a signal;
-#   3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
-STOP = []
-PARENT = os.getppid()
-
-
-def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
-    if LOCAL_RANK > 0:
-        wait_for_torchrun()  # the first rank may have printed the same
-    line = " ".join(f"{Path(__file__).name}: {message}".split())
-    print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def wait_for_torchrun() -> None:
-    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
-    if STOP:  # it has come already: in training `note_signal` keeps it
-        sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)
-    time.sleep(5)  # if it has not come by then, no other rank has ended
-
-
-def end_with_torchrun() -> None:
-    """In a thread: if torchrun is killed, nobody else would send this rank a signal."""
-    while os.getppid() == PARENT:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def note_signal(number: int, _: object) -> None:
-    STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
-        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
-
-
-def set_signals(handler: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, handler)
-
-
-def asked_to_stop() -> int:
-    """The signal that any rank has received, or 0."""
-    number = torch.tensor(STOP[0] if STOP else 0)  # on the CPU, where gloo reduces it
-    if WORLD > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
-    log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
-    sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
-    sys.exit(128 + number)
+# In the order of a run: ranks, network, optimizer, log, checkpoint, probe, pictures.
 
 
 def join_ranks() -> None:
@@ -901,6 +839,75 @@ def log_progress(
     log("train", done, **values, lr=lr, data_wait=waited / took)
     if values["std"] < 0.1:
         log("warning", done, text="collapse: nearly the same embedding for all images")
+
+
+# ------------------------------------------------ how a run ends: the same in all five scripts
+#
+# By an error. As soon as one rank has ended, torchrun sends SIGTERM to the others of its machine.
+# So that an error is told once, all but the first rank of a machine wait for it, in `refuse`:
+# - if all ranks find the error, as a wrong flag, the first prints it and ends, and so the others;
+# - if rank 0 alone finds it, as a full disk, the same; the others may fail meanwhile, as rank 0 is
+#   gone: then they wait as well, see the last lines of this file;
+# - if rank 3 alone finds it, as a broken folder, no SIGTERM comes: after five seconds it prints.
+#
+# By a signal. Before and after training there is nothing to save, and signals do what they do by
+# default. In training a signal has to wait for the next update of the weights:
+# 1. its handler, `note_signal`, only puts its number into STOP;
+# 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
+# 3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
+
+STOP = []
+PARENT = os.getppid()
+
+
+def refuse(message: str, code: int = 2) -> NoReturn:
+    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
+    if LOCAL_RANK > 0:
+        wait_for_torchrun()  # the first rank may have printed the same
+    line = " ".join(f"{Path(__file__).name}: {message}".split())
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def wait_for_torchrun() -> None:
+    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
+    if STOP:  # it has come already: in training `note_signal` keeps it
+        sys.exit(128 + STOP[0])
+    set_signals(signal.SIG_DFL)
+    time.sleep(5)  # if it has not come by then, no other rank has ended
+
+
+def end_with_torchrun() -> None:
+    """In a thread: if torchrun is killed, nobody else would send this rank a signal."""
+    while os.getppid() == PARENT:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def note_signal(number: int, _: object) -> None:
+    STOP.append(number)
+    if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
+        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
+
+
+def set_signals(handler: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """The signal that any rank has received, or 0."""
+    number = torch.tensor(STOP[0] if STOP else 0)  # on the CPU, where gloo reduces it
+    if WORLD > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
+    log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
+    sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

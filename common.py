@@ -590,8 +590,8 @@ def _start_worker(_: int) -> None:
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # A decoded image has its colours innermost. image[None] has strides (3, 1, 3 W, 3), this view
-    # (3 H W, 1, 3 W, 3), by which interpolate knows channels_last, and is faster.
+    # As image[None], but with strides (3 H W, 1, 3 W, 3) for (3, 1, 3 W, 3), as a decoded image has
+    # its colours innermost: by these interpolate knows channels_last, and is faster.
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -742,8 +742,8 @@ class Augment:
     def _transform(self, images: Tensor, u: np.ndarray, boxes: Tensor | None) -> Tensor:
         """Crops where there are boxes, then colours, gray, blur, solarize, normalise.
 
-        x[k] is sample rows[k], because `_jitter` sorts samples. What belongs to a sample of the
-        batch, as u, order, factors and sigma, is indexed by rows.
+        `_jitter` sorts the samples and leaves them so: x[k] is then sample rows[k] of the batch. u,
+        order, factors and sigma stay in the order of the batch, and are indexed by rows.
         """
         count, device = len(images), images.device
         order, factors, sigma = self._parameters(u)

@@ -6,9 +6,14 @@
     torchrun --nproc_per_node=8 mocov2_fusion.py --data imagenet     # ResNet-50, 8 GPUs
     python mocov2_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues where the last run stopped. Other settings of the training or
-changed code need a new --run-dir. --fusion-layers 0 is plain MoCo v2. Data, augmentation and losses
-are in common.py.
+The same command again continues where the last run stopped. Other settings of the training need a
+new --run-dir; so does changed code, which is not noticed. --eval needs the training's --arch,
+--stem and --image-size. --fusion-layers 0 is plain MoCo v2. Data, augmentation and losses are in
+common.py.
+
+Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
+the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
+in common.py.
 
 Method. View 1 gives queries q = g(f(fuse(x1))); view 2 gives keys k by the key encoder, a moving
 average of the query encoder with its fusion layer: theta_k <- m theta_k + (1 - m) theta_q.
@@ -36,11 +41,11 @@ learns from the loss, and is dropped after training.
 
 The loss must not fall without the images being compared. Three marks could tell a query its key:
 - The index in the batch. Conv has weights of its own for each index, the same in every batch. It
-  could mark the image at index 0 by, say, horizontal edges of the others, that at 1 by vertical
-  ones. A query and its key would have the same mark, but of the keys in the queue only one in B:
-  nearly all negatives could be recognised without a look at the images. Therefore the images of
-  the keys are put in a fresh random order, fused, and put back (`fuse`): then the mark of a key
-  says nothing of its query's.
+  could mark what is at index 0 by, say, horizontal edges of the other images, and what is at 1 by
+  vertical ones. Query 5 and key 5 would have mark 5; but in the queue, where there are keys of all
+  indices, only one in B would: nearly all negatives could be told without a look at the images.
+  Therefore the images of the keys are put in a fresh random order, fused, and put back (`fuse`):
+  then the mark of key 5 is that of any index.
 - The statistics of batch norm in a batch of one rank. Therefore the ranks exchange images before
   they make keys, as in MoCo (`keys`). On a single rank this mark remains.
 - What all fused images of a batch have in common, as each contains a little of all B images: a
@@ -349,11 +354,11 @@ class Method(nn.Module):
         - change `chance_loss` in fit_method as well, which is for the log alone.
 
         For example, `gather(q).float().mean(0).square().sum()`, added on each rank, draws the mean
-        embedding of all images to 0. The backward of gather sums the gradients of all ranks'
-        losses, and DistributedDataParallel divides by their number: so parameters get the gradient
-        of (L_0 + L_1 + ...) / WORLD, where rank r returns L_r.
+        embedding of all images to 0. If rank r returns L_r, the backward of gather gives the rows
+        of each rank the gradient of L_0 + L_1 + ..., and DistributedDataParallel divides by WORLD:
+        so parameters get the gradient of the mean.
         """
-        if step % self.args.accumulate == 0:  # the first batch after an update
+        if step % self.args.accumulate == 0:  # the weights are new: an update came before
             self.update_key_encoder(step)
         loss, q = self.contrast(x1, x2, step, self.queues[0])
         if self.args.symmetric:
@@ -542,6 +547,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
     history, began, waited = [], time.perf_counter(), 0.0
     for step in range(start, args.steps):
+        # Here, after the checkpoint of the epoch; the probe after the last one is in `evaluate`.
         if args.probe_every and data.train is not None and step > 0:
             if step % (args.probe_every * args.epoch_steps) == 0:
                 paused = time.perf_counter()
@@ -581,7 +587,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
             continue
         # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32)
         save_due = args.save_every > 0 and done % args.save_every < args.accumulate
-        stop = asked_to_stop()  # the number of a signal, or 0: see "How a run ends"
+        stop = asked_to_stop()  # the number of a signal, or 0: see "how a run ends"
         if stop or save_due or done % args.epoch_steps == 0:
             if RANK == 0:
                 save_checkpoint(run / "checkpoint.pt", args, parts, done)
@@ -605,7 +611,7 @@ def main() -> None:
         with readable(Path(args.eval)):
             backbone.load_state_dict(read(Path(args.eval)))
         return evaluate(backbone, data, args, log, 0)
-    set_signals(note_signal)  # from here a signal waits: see "How a run ends"
+    set_signals(note_signal)  # from here a signal waits: see "how a run ends"
     train(backbone, data, args, log)
     set_signals(signal.SIG_DFL)
     if STOP:  # the number of a signal that came after the last step: all is saved
@@ -615,75 +621,7 @@ def main() -> None:
 
 # ------------------------------------------------------ machinery: the same in all five scripts
 #
-# First how a run ends, then, in the order of a run: ranks, network, optimizer, log, checkpoint,
-# probe, pictures.
-
-
-# How a run ends.
-# - By an error: `refuse`. As soon as one rank has ended, torchrun sends SIGTERM to the others of
-#   its machine.
-#     all find the error, as a wrong flag: rank 0 prints it and ends. The others wait for SIGTERM,
-#                                          in `wait_for_torchrun`, and print nothing.
-#     rank 0 alone, as a full disk:        the same, but that the others were at work.
-#     rank 3 alone, as a broken folder:    no SIGTERM comes; after five seconds rank 3 prints it and
-#                                          ends.
-# - By a signal. Before and after training there is nothing to save, and signals do what they do by
-#   default. In training it has to wait for the next update of the weights:
-#   1. its handler, `note_signal`, only puts its number into STOP;
-#   2. after each update `asked_to_stop` finds out whether any rank has received a signal;
-#   3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
-STOP = []
-PARENT = os.getppid()
-
-
-def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
-    if LOCAL_RANK > 0:
-        wait_for_torchrun()  # the first rank may have printed the same
-    line = " ".join(f"{Path(__file__).name}: {message}".split())
-    print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def wait_for_torchrun() -> None:
-    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
-    if STOP:  # it has come already: in training `note_signal` keeps it
-        sys.exit(128 + STOP[0])
-    set_signals(signal.SIG_DFL)
-    time.sleep(5)  # if it has not come by then, no other rank has ended
-
-
-def end_with_torchrun() -> None:
-    """In a thread: if torchrun is killed, nobody else would send this rank a signal."""
-    while os.getppid() == PARENT:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def note_signal(number: int, _: object) -> None:
-    STOP.append(number)
-    if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
-        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
-
-
-def set_signals(handler: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, handler)
-
-
-def asked_to_stop() -> int:
-    """The signal that any rank has received, or 0."""
-    number = torch.tensor(STOP[0] if STOP else 0)  # on the CPU, where gloo reduces it
-    if WORLD > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
-    log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
-    sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
-    sys.exit(128 + number)
+# In the order of a run: ranks, network, optimizer, log, checkpoint, probe, pictures.
 
 
 def join_ranks() -> None:
@@ -1069,6 +1007,75 @@ def log_progress(
     log("train", done, **values, lr=lr, data_wait=waited / took)
     if values["std"] < 0.1:
         log("warning", done, text="collapse: nearly the same embedding for all images")
+
+
+# ------------------------------------------------ how a run ends: the same in all five scripts
+#
+# By an error. As soon as one rank has ended, torchrun sends SIGTERM to the others of its machine.
+# So that an error is told once, all but the first rank of a machine wait for it, in `refuse`:
+# - if all ranks find the error, as a wrong flag, the first prints it and ends, and so the others;
+# - if rank 0 alone finds it, as a full disk, the same; the others may fail meanwhile, as rank 0 is
+#   gone: then they wait as well, see the last lines of this file;
+# - if rank 3 alone finds it, as a broken folder, no SIGTERM comes: after five seconds it prints.
+#
+# By a signal. Before and after training there is nothing to save, and signals do what they do by
+# default. In training a signal has to wait for the next update of the weights:
+# 1. its handler, `note_signal`, only puts its number into STOP;
+# 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
+# 3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
+
+STOP = []
+PARENT = os.getppid()
+
+
+def refuse(message: str, code: int = 2) -> NoReturn:
+    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
+    if LOCAL_RANK > 0:
+        wait_for_torchrun()  # the first rank may have printed the same
+    line = " ".join(f"{Path(__file__).name}: {message}".split())
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def wait_for_torchrun() -> None:
+    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
+    if STOP:  # it has come already: in training `note_signal` keeps it
+        sys.exit(128 + STOP[0])
+    set_signals(signal.SIG_DFL)
+    time.sleep(5)  # if it has not come by then, no other rank has ended
+
+
+def end_with_torchrun() -> None:
+    """In a thread: if torchrun is killed, nobody else would send this rank a signal."""
+    while os.getppid() == PARENT:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def note_signal(number: int, _: object) -> None:
+    STOP.append(number)
+    if "RANK" not in os.environ:  # torchrun may send one twice, so under it only STOP[0] counts
+        set_signals(signal.SIG_DFL)  # without torchrun a second signal ends the run at once
+
+
+def set_signals(handler: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handler)
+
+
+def asked_to_stop() -> int:
+    """The signal that any rank has received, or 0."""
+    number = torch.tensor(STOP[0] if STOP else 0)  # on the CPU, where gloo reduces it
+    if WORLD > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
+    log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
+    sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
