@@ -7,7 +7,7 @@
     python barlow_dimcl.py --eval runs/NAME/backbone.pt --data ...  # no training
 
 The same command again continues where the last run stopped. Other settings of the training need a
-new --run-dir; so does changed code, which is not noticed. --eval needs the training's --arch,
+new --run-dir; so does changed code, which nobody compares. --eval needs the training's --arch,
 --stem and --image-size. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and losses are
 in common.py.
 
@@ -217,17 +217,13 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         `step` is for methods that need it; this one does not. For a loss of your own:
-        - return on each rank a number whose mean over the ranks is the loss of all images;
+        - return on each rank a number whose mean over the ranks is the loss of all images, as the
+          mean over its own rows: why gradients are right then, and an example, stand in common.py;
         - if it compares images of all ranks: gather(z), to be imported from common.py, makes
           (WORLD B, d) of (B, d);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
-
-        For example, `gather(z1).float().mean(0).square().sum()`, added on each rank, draws the mean
-        embedding of all images to 0. If rank r returns L_r, the backward of gather gives the rows
-        of each rank the gradient of L_0 + L_1 + ..., and DistributedDataParallel divides by WORLD:
-        so parameters get the gradient of the mean.
         """
         # Each view by itself, as published: batch norm sees one view's statistics at a time.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
@@ -398,9 +394,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # With --accumulate .grad is G, of the batches before, plus g, of this one, and DDP averages
-        # the sum. G was averaged before: it is equal on all ranks, and its mean is G. So no_sync is
-        # not needed; it would only spare communication.
+        # DDP averages all of .grad: with --accumulate also G, which batches before have left there.
+        # But G was averaged then, and is equal on all ranks: its mean is G. So no_sync is not
+        # needed; it would only spare communication.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:

@@ -7,7 +7,7 @@
     python mocov2_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
 The same command again continues where the last run stopped. Other settings of the training need a
-new --run-dir; so does changed code, which is not noticed. --eval needs the training's --arch,
+new --run-dir; so does changed code, which nobody compares. --eval needs the training's --arch,
 --stem and --image-size. --fusion-layers 0 is plain MoCo v2. Data, augmentation and losses are in
 common.py.
 
@@ -39,18 +39,11 @@ an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in
 (Where a row ends, the neighbour is the start of the next one, as D and N are flattened.) The layer
 learns from the loss, and is dropped after training.
 
-The loss must not fall without the images being compared. Three marks could tell a query its key:
-- The index in the batch. Conv has weights of its own for each index, the same in every batch. It
-  could mark what is at index 0 by, say, horizontal edges of the other images, and what is at 1 by
-  vertical ones. Query 5 and key 5 would have mark 5; but in the queue, where there are keys of all
-  indices, only one in B would: nearly all negatives could be told without a look at the images.
-  Therefore the images of the keys are put in a fresh random order, fused, and put back (`fuse`):
-  then the mark of key 5 is that of any index.
-- The statistics of batch norm in a batch of one rank. Therefore the ranks exchange images before
-  they make keys, as in MoCo (`keys`). On a single rank this mark remains.
-- What all fused images of a batch have in common, as each contains a little of all B images: a
-  query and its key have it, but no key of the queue has. This mark remains as well. Whether it is
-  learned, we have not measured.
+The loss must not fall without the images being compared. Two marks that could tell a query its key
+are taken away by random orders: the index in the batch (see `fuse`) and the statistics of batch
+norm (see `keys`). One remains: what the fused images of a batch have in common, as each contains a
+little of them all. A query and its key have it, but no key of the queue. Whether it is learned, we
+have not measured.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -296,7 +289,15 @@ class Method(nn.Module):
         return order.to(DEVICE, non_blocking=True)
 
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Fused images for the queries and for the keys."""
+        """Fused images for the queries and for the keys.
+
+        Conv has weights of its own for each index in the batch, the same in every batch. It could
+        mark what is at index 0 by, say, horizontal edges of the other images, and what is at 1 by
+        vertical ones. Query 5 and key 5 would have mark 5; but in the queue, with keys of all
+        indices, only one in B would: nearly all negatives could be told without a look at the
+        images. Therefore the images of the keys are fused in a random order: then the mark of key 5
+        is that of any index.
+        """
         if self.args.fusion_layers == 0:
             return x1, x2
         if not self.args.fusion_shuffle:
@@ -308,8 +309,9 @@ class Method(nn.Module):
     def keys(self, x: Tensor, step: int) -> Tensor:
         """Fused images (B, 3, H, W) -> normalised keys of all ranks (WORLD B, d), in their order.
 
-        This is MoCo's shuffled batch norm, against the second mark in the head of this file: the
-        ranks exchange images at random, so that a key is made among other images than its query.
+        This is MoCo's shuffled batch norm: the ranks exchange images at random, so that a key is
+        made among other images than its query. Else the batch norms would see the same images for
+        both, whose statistics could mark them. On a single rank this mark remains.
         """
         everyone = gather(x)
         order = self.random_order(len(everyone), "keys", step)
@@ -347,16 +349,12 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own, in place of info_nce in `contrast`:
-        - return on each rank a number whose mean over the ranks is the loss of all images;
+        - return on each rank a number whose mean over the ranks is the loss of all images, as the
+          mean over its own rows: why gradients are right then, and an example, stand in common.py;
         - if it compares images of all ranks: gather(z) of common.py makes (WORLD B, d) of (B, d);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
-
-        For example, `gather(q).float().mean(0).square().sum()`, added on each rank, draws the mean
-        embedding of all images to 0. If rank r returns L_r, the backward of gather gives the rows
-        of each rank the gradient of L_0 + L_1 + ..., and DistributedDataParallel divides by WORLD:
-        so parameters get the gradient of the mean.
         """
         if step % self.args.accumulate == 0:  # the weights are new: an update came before
             self.update_key_encoder(step)
@@ -566,9 +564,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # With --accumulate .grad is G, of the batches before, plus g, of this one, and DDP averages
-        # the sum. G was averaged before: it is equal on all ranks, and its mean is G. So no_sync is
-        # not needed; it would only spare communication.
+        # DDP averages all of .grad: with --accumulate also G, which batches before have left there.
+        # But G was averaged then, and is equal on all ranks: its mean is G. So no_sync is not
+        # needed; it would only spare communication.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
