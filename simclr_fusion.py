@@ -47,9 +47,10 @@ partition, convolution and patch restoration are from public summaries. Our read
 residual form, start at the identity, a learning rate of its own, and the random order, which
 --no-fusion-shuffle leaves out.
 
-Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-27; conditions in the README):
-linear probe 45.6 % (sd .5) with fusion, 45.6 % (sd 1.0) without, 37.8 % untrained: no difference
-(paired by seed, 95 % interval -1.8 to 1.7).
+Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-27 and 28, conditions in the
+README): linear probe 45.6 % (sd .5) with fusion, 45.6 % (sd 1.0) without, 37.8 % untrained: no
+difference (paired by seed, 95 % interval -1.8 to 1.7); 45.1 % (sd 1.6) with --no-fusion-shuffle: a
+difference of -.5 (-2.7 to 1.7).
 """
 
 import argparse
@@ -301,7 +302,7 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
     How far the layer has moved from the identity is logged as fusion_norm, the norm of all Conv.
     For scale: a Conv that returned its input (B weights of 1, all others 0) would have sqrt(B), or
-    16 for 256 images. In the runs of the table in the README it ended at .17 to .19.
+    16 for 256 images. In the runs of the table in the README it ended at .17 to .20.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():
