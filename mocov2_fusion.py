@@ -356,7 +356,7 @@ class Method(nn.Module):
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
         """
-        if step % self.args.accumulate == 0:  # the weights are new: an update came before
+        if step % self.args.accumulate == 0:  # once for each update of the weights
             self.update_key_encoder(step)
         loss, q = self.contrast(x1, x2, step, self.queues[0])
         if self.args.symmetric:
