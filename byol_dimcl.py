@@ -395,8 +395,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
     history, began, waited = [], time.perf_counter(), 0.0
     for step in range(start, args.steps):
-        # Here, after the checkpoint of the epoch; the probe after the last one is in `evaluate`.
-        if args.probe_every and data.train is not None and step > 0:
+        if args.probe_every and data.train is not None and step > 0:  # the last: `evaluate`
             if step % (args.probe_every * args.epoch_steps) == 0:
                 paused = time.perf_counter()
                 log("probe", step, **linear_probe(backbone, data, args))
@@ -413,9 +412,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages all of .grad: with --accumulate also G, which batches before have left there.
-        # But G was averaged then, and is equal on all ranks: its mean is G. So no_sync is not
-        # needed; it would only spare communication.
+        # DDP averages all of .grad: with --accumulate also what is there already. That is equal on
+        # all ranks, so it stays: no_sync is not needed, and would only spare communication.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
