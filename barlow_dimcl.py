@@ -237,7 +237,7 @@ class Method(nn.Module):
 
 
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
-    """Two groups: weights; biases and norms, without decay and LARS. `peak`: the highest rate."""
+    """Two groups: weights; biases and norms, without decay and LARS, at a `peak` of their own."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     bias_peak = args.peak_lr

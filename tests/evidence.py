@@ -188,7 +188,11 @@ def table(cells: list[Cell], found: dict[str, dict[int, dict]]) -> None:
         keys = ("top1", "top1_untrained", "minutes", "images_per_s")
         top1, untrained, minutes, speed = np.array([[r[k] for r in runs.values()] for k in keys])
         spread = f", {top1.std(ddof=1):.2f}" if len(top1) > 1 else ""
-        minus = interval([runs[s]["top1"] - plain[s]["top1"] for s in runs if s in plain])
+        # The untrained network of a seed is always the same: if it got other results, the probe was
+        # another, and so the pair is none.
+        alike = [s for s in runs if s in plain]
+        alike = [s for s in alike if runs[s]["top1_untrained"] == plain[s]["top1_untrained"]]
+        minus = interval([runs[s]["top1"] - plain[s]["top1"] for s in alike])
         run = f"{cell.script} --epochs {cell.epochs} {cell.flags}".strip()
         print(f"| `{run}` | {', '.join(map(str, runs))} | **{top1.mean():.2f}**{spread}", end="")
         print(f" | {untrained.mean():.1f} | {minus} | {minutes.mean():.1f} | {speed.mean():.0f} |")
