@@ -8,7 +8,7 @@
 Finished runs stand in tests/evidence.json and are not run again; stopped and killed ones continue.
 CELLS report on val, which chooses nothing. What is chosen is chosen among TRIES: they see train
 alone, of which a tenth is held out, for half as many epochs. Each run uses the scripts as they are
-when it starts.
+when it starts. `probed` in a result is the later commit whose probe, by --eval, has measured it.
 """
 
 import argparse
