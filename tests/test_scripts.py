@@ -939,6 +939,24 @@ def test_probe_on_separable_features(machine, device):
     assert machine.linear_probe(net, data, args) == found
 
 
+def test_probe_chooses_the_rate_by_the_loss(machine, device):
+    """Where there is nothing to learn, the less a classifier learns, the less it loses.
+
+    Accuracies are then those of chance at all rates, and their maximum could be at any.
+    """
+    chosen = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        pixels = torch.from_numpy(rng.integers(0, 256, (300, 3, 8, 8), dtype=np.uint8))
+        noise = common.InMemory(pixels, rng.integers(0, 4, 300))
+        data = common.Data(noise, noise, noise)
+        args, _ = configured(machine, "--probe-epochs 20 --image-size 8", data)
+        net = nn.Flatten()
+        net.num_features = 192
+        chosen.append(machine.linear_probe(net.to(device), data, args)["probe_lr"])
+    assert max(chosen) < 0.01, chosen
+
+
 def test_probe_and_pictures_leave_the_backbone_as_it_is(machine, device, tmp_path):
     """Bit by bit; and the gradients, the mode, and torch's own random numbers for the training."""
     args, data = configured(machine, f"--run-dir {tmp_path} --image-size 16")
