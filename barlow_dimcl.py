@@ -153,7 +153,7 @@ flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA
 flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.png")
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
-flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
+flag("--accumulate", type=int, default=1, help="batches an update; not compared with each other")
 flag("--lr", type=float, help="at 256 images an update; at n: lr * n/256, adamw lr * sqrt(n/256)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
@@ -217,10 +217,11 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         `step` is for methods that need it; this one does not. For a loss of your own:
-        - return on each rank a number whose mean over the ranks is the loss of all images, as the
-          mean over its own rows: why gradients are right then, and an example, stand in common.py;
+        - return on each rank the mean over its own images: DDP takes the mean of the ranks'
+          gradients, which makes it the mean over all images;
         - if it compares images of all ranks: gather(z), to be imported from common.py, makes
-          (WORLD B, d) of (B, d);
+          (WORLD B, d) of (B, d), with those of this rank from RANK * B on. What the other ranks'
+          losses have for them its backward adds to their gradient, so none is missing;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.

@@ -36,9 +36,9 @@ Conv has weights of its own for each index in the batch, so it could print a pat
 own mixture of the batch, on the image at each index. If both views of an image had the same index,
 they would have the same pattern, and the loss would fall without the images being compared.
 Therefore view 2 is put in a fresh random order, fused, and put back: then a pattern says nothing of
-the partner. Under several ranks one mark remains: what the fused images of a rank have in common,
-as each contains a little of them all. Negatives of other ranks don't have it, and could be told by
-that. Whether it is learned, we have not measured.
+the partner. Under several ranks one mark remains: all fused images of a rank, so an image, its
+partner and some negatives, contain a little of the same B images. The negatives of other ranks do
+not, and could be told by that alone. Whether it is learned, we have not measured.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -155,7 +155,7 @@ flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA
 flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.png")
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
-flag("--accumulate", type=int, default=1, help="batches whose gradients make one update")
+flag("--accumulate", type=int, default=1, help="batches an update; not compared with each other")
 flag("--lr", type=float, help="at 256 images an update; at n: lr * n/256, adamw lr * sqrt(n/256)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
@@ -275,10 +275,11 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own:
-        - return on each rank a number whose mean over the ranks is the loss of all images, as the
-          mean over its own rows: why gradients are right then, and an example, stand in common.py;
+        - return on each rank the mean over its own images: DDP takes the mean of the ranks'
+          gradients, which makes it the mean over all images;
         - if it compares images of all ranks: gather(z), to be imported from common.py, makes
-          (WORLD B, d) of (B, d);
+          (WORLD B, d) of (B, d), with those of this rank from RANK * B on. What the other ranks'
+          losses have for them its backward adds to their gradient, so none is missing;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
