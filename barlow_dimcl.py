@@ -394,8 +394,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages all of .grad: with --accumulate also what is there already. That is equal on
-        # all ranks, so it stays: no_sync is not needed, and would only spare communication.
+        # With --accumulate .grad holds G already, equal on all ranks. DDP averages G + g of the
+        # ranks, and mean(G + g) = G + mean(g). So no_sync would only spare communication.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:

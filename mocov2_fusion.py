@@ -40,10 +40,10 @@ an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in
 learns from the loss, and is dropped after training.
 
 The loss must not fall without the images being compared. Two marks that could tell a query its key
-are taken away by random orders: the index in the batch (see `fuse`) and the statistics of batch
-norm (see `keys`). One remains: what the fused images of a batch have in common, as each contains a
-little of them all. A query and its key have it, but no key of the queue. Whether it is learned, we
-have not measured.
+are taken away by random orders: the index in the batch (see `fuse`) and, under several ranks, the
+statistics of batch norm (see `keys`). One remains: what the fused images of a batch have in common,
+as each contains a little of them all. A query and its key have it, but no key of the queue. Whether
+it is learned, we have not measured.
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -565,8 +565,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages all of .grad: with --accumulate also what is there already. That is equal on
-        # all ranks, so it stays: no_sync is not needed, and would only spare communication.
+        # With --accumulate .grad holds G already, equal on all ranks. DDP averages G + g of the
+        # ranks, and mean(G + g) = G + mean(g). So no_sync would only spare communication.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
