@@ -235,11 +235,11 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own:
-        - return on each rank the mean over its own images: DDP takes the mean of the ranks'
-          gradients, which makes it the mean over all images;
+        - return on each rank the mean over its own images, or the same loss of all images: the mean
+          of these over the ranks is the loss, and DDP takes the mean of their gradients;
         - if it compares images of all ranks: gather(z), to be imported from common.py, makes
-          (WORLD B, d) of (B, d), with those of this rank from RANK * B on. What the other ranks'
-          losses have for them its backward adds to their gradient, so none is missing;
+          (WORLD B, d) of (B, d), with this rank's rows from RANK * B on. Its backward sums the
+          gradients that the losses of all ranks have for z;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.

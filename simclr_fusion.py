@@ -32,13 +32,14 @@ an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in
 (Where a row ends, the neighbour is the start of the next one, as D and N are flattened.) The layer
 learns from the loss, and is dropped after training.
 
-Conv has weights of its own for each index in the batch, so it could print a pattern of its own, its
-own mixture of the batch, on the image at each index. If both views of an image had the same index,
-they would have the same pattern, and the loss would fall without the images being compared.
-Therefore view 2 is put in a fresh random order, fused, and put back: then a pattern says nothing of
-the partner. Under several ranks one mark remains: all fused images of a rank, so an image, its
-partner and some negatives, contain a little of the same B images. The negatives of other ranks do
-not, and could be told by that alone. Whether it is learned, we have not measured.
+Conv has weights of its own for each index in the batch. It could mark what is at index 0 by, say,
+horizontal edges of the other images, and what is at index 1 by vertical ones. If both views of an
+image had the same index, they would have the same mark, and the loss would fall without the images
+being compared. Therefore view 2 is put in a fresh random order, fused, and put back: then its mark
+is that of any index. Under several ranks another mark remains: all fused images of a rank, so an
+image, its partner and some negatives, contain a little of the same B images. The negatives of other
+ranks do not, and could be told by that alone. In a short training they were not, even at a hundred
+times the layer's rate (`python tests/marks.py`, one seed).
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -275,11 +276,11 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own:
-        - return on each rank the mean over its own images: DDP takes the mean of the ranks'
-          gradients, which makes it the mean over all images;
+        - return on each rank the mean over its own images, or the same loss of all images: the mean
+          of these over the ranks is the loss, and DDP takes the mean of their gradients;
         - if it compares images of all ranks: gather(z), to be imported from common.py, makes
-          (WORLD B, d) of (B, d), with those of this rank from RANK * B on. What the other ranks'
-          losses have for them its backward adds to their gradient, so none is missing;
+          (WORLD B, d) of (B, d), with this rank's rows from RANK * B on. Its backward sums the
+          gradients that the losses of all ranks have for z;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
