@@ -763,8 +763,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     """Accuracy on val, in per cent, of a linear classifier on frozen, standardised features.
 
     Ten classifiers learn side by side on nine tenths of train, each at its own rate. After the last
-    epoch the one with the least loss on the other tenth is reported: val chooses nothing. (Few
-    images tell losses apart, but hardly accuracies.) All ranks do the same.
+    epoch the one with the least loss on the other tenth is reported: val chooses nothing. (Accuracy
+    would be a coarser choice: it changes only with whole images.) All ranks do the same.
     """
     x, x_val = features(backbone, data.train, args), features(backbone, data.val, args)
     y, y_val = (torch.from_numpy(part.labels).to(DEVICE) for part in (data.train, data.val))
