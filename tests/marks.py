@@ -69,13 +69,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    for script, method in ((simclr_fusion, simclr), (mocov2_fusion, moco)):
-        ranks = WORLD if method is simclr else 1
+    for script, method, sizes in (
+        (simclr_fusion, simclr, f"--batch-size {B}"),  # of a rank
+        (mocov2_fusion, moco, f"--batch-size {WORLD * B} --queue-size 512"),
+    ):
         for layer in LAYERS:
-            flags = (
-                f"{FLAGS} --batch-size {B if ranks > 1 else 2 * B} --data {options.data} {layer}"
-            )
-            flags += " --queue-size 512" * (method is moco)
+            flags = f"{FLAGS} {sizes} --data {options.data} {layer}"
             with mock.patch.object(sys, "argv", ["", *flags.split()]):
                 args, data = script.configure()
             model = script.Method(script.build_backbone(args), args)
@@ -88,7 +87,7 @@ def main() -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * script.schedule(step, options.steps, 30)
                 order = torch.randperm(len(data.pretrain), generator=generator("order", step))
-                images = data.pretrain.pixels[order[: 2 * B]]
+                images = data.pretrain.pixels[order[: WORLD * B]]
                 x1, x2 = (
                     recipe(images, generator("view", step, view))
                     for view, recipe in enumerate(script.recipes(args))

@@ -7,8 +7,10 @@ images.
 import importlib
 import math
 
+import marks
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import configured
 from torch import nn
 
@@ -51,3 +53,37 @@ def test_with_the_permutation_noise_stays_at_chance():
 def test_without_it_the_loss_falls():
     """The control: the test above can fail. What is left at a temperature of .5 is 2.3."""
     assert final_loss("--no-fusion-shuffle", 120) < 3
+
+
+def test_marks_compares_with_the_keys_of_the_batch_before():
+    """tests/marks.py: of the third batch, which comes to the start of a queue of two."""
+    script = importlib.import_module("mocov2_fusion")
+    args, _ = configured(script, "--batch-size 16 --queue-size 32")
+    model = script.Method(script.build_backbone(args), args)
+    random = generator("marks")
+    for step in range(3):
+        before = model.queues[0][16:].clone()  # at step 2: what step 1 has put there
+        x1, x2 = torch.rand(2, 16, 3, 16, 16, generator=random)
+        with torch.no_grad():
+            _, difference = marks.moco(model, x1, x2, step)
+    model.train()
+    with torch.no_grad():
+        q = F.normalize(model.projector(model.backbone(model.fuse(x1, x2, 2)[0])))
+    similar = q @ model.queues[0][:16].T
+    others = similar[~torch.eye(16, dtype=torch.bool)].mean() - (q @ before.T).mean()
+    assert abs(others - difference) < 1e-4
+
+
+def test_marks_sees_a_mark():
+    """Images that contain the mean of their rank's batch are alike, as the network is untrained."""
+    script = importlib.import_module("simclr_fusion")
+    found = []
+    for weight in (0.0, 1.0):
+        args, _ = configured(script, f"--batch-size {marks.B}")
+        model = script.Method(script.build_backbone(args), args)
+        model.fusion.convs[0].weight.data[:, :, 1, 1] = weight / marks.B
+        x1, x2 = torch.rand(2, marks.WORLD * marks.B, 3, 16, 16, generator=generator("marks"))
+        for view in (x1, x2):
+            view[: marks.B, 0] += 1  # the batches of the two ranks differ in a colour
+        found.append(marks.simclr(model, x1, x2, 0)[1])
+    assert found[1] > found[0] + 0.01, found
