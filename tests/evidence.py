@@ -62,7 +62,8 @@ TRIED = {
     "curation-batch": "--curation-candidates 4; --curation-start 0.5",
     "curation-pairs": "--curation-candidates 4; --curation-start 0.5; @new-views; @leave-out.25;"
     " @leave-out.10; @hard; @rank; @quantile.05; @quantile.01; @crops.2",
-    "byol-dimcl": "--dimcl-weight 0.3; --dimcl-weight 0.03; --dimcl-temperature 0.2",
+    "byol": "--lr 0.008",
+    "byol-dimcl": "--lr 0.008; --dimcl-weight 0.3; --dimcl-weight 0.03; --dimcl-temperature 0.2",
     "barlow-dimcl": "--dimcl-weight 0.3; --dimcl-weight 0.03; --dimcl-weight 0.5;"
     " --dimcl-temperature 0.2; --dimcl-temperature 0.05",
 }
