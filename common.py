@@ -576,10 +576,10 @@ def _load(items: _Crops, steps: Sequence[int], workers: int, pin_memory: bool) -
 def _start_worker(_: int) -> None:
     """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
 
-    A terminal and torchrun signal the trainer's process group, which the worker leaves here. A
-    scheduler signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1. It may not
-    ignore SIGTERM, by which torch ends a worker that hangs: an alarm ends it ten seconds after. If
-    the trainer dies, torch ends the worker within seconds.
+    A terminal and torchrun signal the trainer's process group: the worker leaves it. A scheduler
+    signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and lives on for ten
+    seconds after SIGTERM, which it may not ignore, as torch ends workers by it. If the trainer
+    dies, torch ends the worker within seconds.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -754,7 +754,7 @@ class Augment:
         out = torch.empty(count, 3, self.size, self.size, device=device)
         # Autocast would make the products of _crop and _blur half, and index_copy_ raise.
         with torch.autocast(device.type, enabled=False):
-            for part in _chunks(count, self.size, device):
+            for part in _chunks(count, max(self.size, *images.shape[2:]), device):
                 rows = np.arange(count)[part]
                 x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
                 if boxes is not None:
@@ -849,14 +849,15 @@ class Augment:
         return order, np.float32(factors)[:, :, None, None, None], np.float32(sigma)
 
 
-def _chunks(count: int, size: int, device: torch.device) -> list[slice]:
+def _chunks(count: int, side: int, device: torch.device) -> list[slice]:
     """`count` samples in parts: all for a GPU, for a CPU as many as its cache holds.
 
-    Above 64 px one sample, though a few would fit: a single one needs no sorting in `_jitter`.
+    side: of a sample or of its view, the larger, in pixels. Above 64 px one sample, though a few
+    would fit: a single one needs no sorting in `_jitter`.
     """
     if device.type != "cpu":
         return [slice(0, count)]
-    chunk = 2**18 // size**2 if size <= 64 else 1
+    chunk = 2**18 // side**2 if side <= 64 else 1
     return [slice(start, start + chunk) for start in range(0, count, chunk)]
 
 
@@ -1049,17 +1050,11 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     if end >= size:
         raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
-    # Now x is (n, 3, w, w) with w = blocks * block + 2 radius, the reach of all blocks together.
-    # Of each block output o is the sum over j of band[o, j] times its pixel j. Along the height,
-    x = x.unfold(2, reach, block)  # (n, 3, blocks, w, reach): what is unfolded comes last
-    x = x.mT  # (n, 3, blocks, reach, w)
-    x = band[:, None, None] @ x  # (n, 3, blocks, block, w)
-    # then along the width, which is last already: no .mT. As a block's outputs are neighbours,
-    # flatten and view join the blocks.
-    x = x.flatten(2, 3)  # (n, 3, blocks * block, w)
-    x = x.unfold(3, reach, block)  # (n, 3, blocks * block, blocks, reach)
-    x = x.flatten(1, 3) @ band.mT  # (n, 3 * height * blocks, block), height = blocks * block
-    return x.view(len(x), 3, blocks * block, blocks * block)[:, :, :size, :size]
+    for _ in range(2):  # along the width, then along the height, which .mT has put in its place
+        x = x.unfold(3, reach, block)  # (n, 3, height, blocks, reach): pixels of each block
+        x = x.flatten(1, 3) @ band.mT  # (n, 3 height blocks, block): output o is sum_j band[o, j]
+        x = x.view(len(x), 3, -1, blocks * block).mT  # (n, 3, width, height)
+    return x[:, :, :size, :size]
 
 
 SIMCLR = Augment()

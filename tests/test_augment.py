@@ -451,6 +451,15 @@ def test_the_example_of_an_augmentation_of_ones_own(monkeypatch):
     assert 0.2 <= ratio.min() < ratio.max() <= 0.4
 
 
+@pytest.mark.parametrize("side, size, most", [(32, 32, 256), (200, 32, 1), (32, 200, 1)])
+def test_a_cpu_crops_as_many_images_at_once_as_its_cache_holds(side, size, most, monkeypatch):
+    """Of large images one: 256 of 500 px would be 770 MB of float32."""
+    counts, crop = [], common._crop
+    monkeypatch.setattr(common, "_crop", lambda x, *a: counts.append(len(x)) or crop(x, *a))
+    only(size)(noise(300, side, side), generator(0))
+    assert sum(counts) == 300 and max(counts) == most
+
+
 @pytest.mark.parametrize("recipe", [SIMCLR, MOCO_V2, *BYOL_VIEWS])
 def test_never_asks_the_device(recipe, monkeypatch):
     """On the meta device, which autocast does not know, a copy back or wait for a value raises."""
