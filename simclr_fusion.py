@@ -6,10 +6,10 @@
     torchrun --nproc_per_node=8 simclr_fusion.py --data imagenet     # ResNet-50, 8 GPUs
     python simclr_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues where the last run stopped. Other settings of the training need a
-new --run-dir; so does changed code, which nobody compares. --eval needs the training's --arch,
---stem and --image-size. --fusion-layers 0 is plain SimCLR. Data, augmentation and losses are in
-common.py.
+The same command again continues from the last checkpoint. It refuses other settings of the
+training, and does not notice changed code: give these a new --run-dir. --eval needs the training's
+--arch, --stem and --image-size. --fusion-layers 0 is plain SimCLR. Data, augmentation and losses
+are in common.py.
 
 Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
@@ -32,14 +32,17 @@ an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in
 (Where a row ends, the neighbour is the start of the next one, as D and N are flattened.) The layer
 learns from the loss, and is dropped after training.
 
-Conv has weights of its own for each index in the batch. It could mark what is at index 0 by, say,
-horizontal edges of the other images, and what is at index 1 by vertical ones. If both views of an
-image had the same index, they would have the same mark, and the loss would fall without the images
-being compared. Therefore view 2 is put in a fresh random order, fused, and put back: then its mark
-is that of any index. Under several ranks another mark remains: all fused images of a rank, so an
-image, its partner and some negatives, contain a little of the same B images. The negatives of other
-ranks do not, and could be told by that alone. In a short training they were not, even at a hundred
-times the layer's rate (`python tests/marks.py`, one seed).
+A mark is something that both views of an image share though it is not of the image: by it the loss
+could fall without images being compared. The layer could learn to make
+
+- a mark of the index. Conv has weights of its own for each index in the batch. It could mark what
+  is at index 0 by, say, horizontal edges of the other images, and what is at index 1 by vertical
+  ones; both views of image 0 would have the mark of index 0. Taken away: view 2 is put in a fresh
+  random order, fused, and put back. Then its mark is that of any index.
+- a mark of the rank, if there are several. The fused images of a rank all contain a little of its B
+  images, those of other ranks of others: by that alone an image could tell its negatives there. Not
+  taken away. In a short training the layer did not learn it, even at a hundred times its rate
+  (`python tests/marks.py`, one seed).
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -108,8 +111,8 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set. Other
 # images get the column `cifar`, `stl10` or `imagenet100` by the size of the largest. A flag that is
-# given wins over its row. Of what is not given, batch_size, warmup_epochs, a stem of None,
-# fusion_patch and the size of a view are fitted to the images: see "settings" below.
+# given wins over its row. Without a flag, batch_size, warmup_epochs, a stem of None, fusion_patch
+# and the size of a view are fitted to the images: see "settings" below.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -141,7 +144,7 @@ flag = parser.add_argument
 ON_OFF = argparse.BooleanOptionalAction  # --compile and --no-compile
 PRECISION = "fp32"
 if CUDA:
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # of GPU 0; emulated: slow
     PRECISION = "bf16" if bf16 else "fp16"
 flag("--temperature", type=float, help="of NT-Xent")
 flag("--fusion-layers", type=int, default=1, help="fusion layers in a row; 0: plain SimCLR")
@@ -156,7 +159,7 @@ flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA
 flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.png")
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
-flag("--accumulate", type=int, default=1, help="batches an update; not compared with each other")
+flag("--accumulate", type=int, default=1, help="batches an update, each with a loss of its own")
 flag("--lr", type=float, help="at 256 images an update; at n: lr * n/256, adamw lr * sqrt(n/256)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
@@ -182,9 +185,9 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr"]
 #
 # A step is one batch, of all ranks; with --accumulate several make one update of the weights.
 # `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below derives:
-# ranks, images (their number), checksum, epoch_steps, steps, warmup_steps, peak_lr (lr scaled by
-# the images of an update), fusion_batch (the images of a rank), chance_loss, views (recipes as
-# texts).
+# preset (the name of the column), ranks, images (their number), checksum, epoch_steps, steps,
+# warmup_steps, peak_lr (lr scaled by the images of an update), fusion_batch (the images of a rank),
+# chance_loss, views (recipes as texts).
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -276,11 +279,11 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own:
-        - return on each rank the mean over its own images, or the same loss of all images: the mean
-          of these over the ranks is the loss, and DDP takes the mean of their gradients;
+        - return on rank r an L_r whose mean over the ranks is the loss: the mean over its own
+          images, or on every rank the same loss of all images;
         - if it compares images of all ranks: gather(z), to be imported from common.py, makes
-          (WORLD B, d) of (B, d), with this rank's rows from RANK * B on. Its backward sums the
-          gradients that the losses of all ranks have for z;
+          (WORLD B, d) of (B, d), with this rank's rows from RANK * B on. Its backward gives
+          sum_r dL_r/dz, which DDP divides by WORLD: the gradient of that mean;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
@@ -347,8 +350,8 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     """The column of PRESETS for the images, fitted to them and to the flags that are given.
 
     For example, 1,000 images of 64 px on 3 ranks get the column `stl10`, views of 64 px, the stem
-    `small`, and batches of 63: 256 halved to 64, which is less than an eighth of the images, and
-    rounded to the ranks.
+    `small`, and batches of 63: 256 is halved until it is at most an eighth of the images, so to 64,
+    and rounded down to a multiple of the ranks.
     """
     side = max(max(size) for size in images.sizes)
     if given.data in DATA_SETS and given.data != "cifar":  # "cifar" is a column, no data set
@@ -430,7 +433,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
     # The layer has weights for each index in the batch of a rank. So a run with fusion has to be
     # continued on as many ranks as it began: `resume` compares fusion_batch. Without fusion any
-    # number will do that divides the batch.
+    # number will do with which the batch is the same.
     args.fusion_batch = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     args.chance_loss = math.log(2 * args.batch_size - 1)  # without information; for the log alone
 
@@ -457,7 +460,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
     history, began, waited = [], time.perf_counter(), 0.0
     for step in range(start, args.steps):
-        if args.probe_every and data.train is not None and step > 0:  # the last: `evaluate`
+        if args.probe_every and data.train is not None and step > 0:  # at the end: `evaluate`
             if step % (args.probe_every * args.epoch_steps) == 0:
                 paused = time.perf_counter()
                 log("probe", step, **linear_probe(backbone, data, args))
@@ -548,10 +551,10 @@ def join_ranks() -> None:
 def torchrun_store() -> dist.Store:
     """Where the ranks find each other's addresses, as init_process_group() would by itself.
 
-    But after a restart, which follows a failure with torchrun's --max-restarts, the store still
-    holds those of the dead ranks, for which the new ones would wait (seen with torch 2.6): so each
-    start has a prefix of its own, the count of restarts. Each machine counts for itself: ranks of
-    several, with unequal prefixes, would not meet.
+    When torchrun starts the ranks again after a failure (--max-restarts), its store still holds the
+    addresses of the dead, which the new ones would try to reach (seen with torch 2.6). So each
+    start uses a prefix of its own, the count of restarts. With several machines this is refused, as
+    each counts for itself: with unequal prefixes the ranks would not meet.
     """
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
@@ -662,7 +665,7 @@ def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimize
     """Groups have `params`, weight `decay`, whether LARS may `adapt` them, and `peak`, for `train`.
 
     LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. After
-    a change to peak, decay or adapt begin a new run: `resume` loads the old values.
+    these are changed in the code begin a new run: `resume` loads the old values.
     """
     if args.optimizer in ("lars", "larc"):
         return LARS(groups, args.optimizer)
@@ -807,8 +810,8 @@ def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     copy_buffers_of_rank_0(backbone)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
-    # Without a seed: centre crops in order. Without RANK and WORLD a batch is not split over the
-    # ranks: each takes every WORLD-th batch.
+    # Without a seed and a rank `Batches` makes centre crops, in order, and does not split batches:
+    # each rank takes every WORLD-th of them.
     batches = Batches(images, [Augment(args.image_size)], 256)
     steps = range(RANK, math.ceil(len(images) / 256), WORLD)
     for rows, (view,) in batches.stream(steps, DEVICE, args.workers):
@@ -831,9 +834,9 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     x, x_val = features(backbone, data.train, args), features(backbone, data.val, args)
     y, y_val = (torch.from_numpy(part.labels).to(DEVICE) for part in (data.train, data.val))
     std, mean = torch.std_mean(x, 0, correction=0)
-    # A feature may be constant on train but not on val, where it would be huge with a std of nearly
-    # 0, and decide alone with a weight that nothing has trained: hence a least std, and weights
-    # that start at 0.
+    # A feature may be constant on train but not on val. Divided by a std of nearly 0 it would be
+    # huge there and decide alone, by a weight that nothing has trained. Hence the least std, and
+    # weights that start at 0.
     std = std.clamp(min=0.01 * std.mean()) + 1e-6
     for raw in (x, x_val):
         raw.sub_(mean).div_(std)  # in place: those of ImageNet are 10 GB
@@ -923,18 +926,24 @@ def log_progress(
 
 # ------------------------------------------------ how a run ends: the same in all five scripts
 #
-# By an error. As soon as one rank has ended, torchrun sends SIGTERM to the others of its machine.
-# So that an error is told once, all but the first rank of a machine wait for it, in `refuse`:
-# - if all ranks find the error, as a wrong flag, the first prints it and ends, and so the others;
-# - if rank 0 alone finds it, as a full disk, the same; the others may fail meanwhile, as rank 0 is
-#   gone: then they wait as well, see the last lines of this file;
-# - if rank 3 alone finds it, as a broken folder, no SIGTERM comes: after five seconds it prints.
+# Not needed to understand the method.
+#
+# By an error. As soon as a rank has failed, torchrun sends SIGTERM to the others of its machine. So
+# that an error is told once, a rank that might repeat it waits for that signal, in
+# `wait_for_torchrun`:
+# - A wrong flag is found by all ranks. The first of each machine tells it and ends; the others
+#   wait, in `refuse`.
+# - A full disk is found by rank 0 alone, which tells it and ends. For the others the next exchange
+#   between ranks raises a RuntimeError; they wait, in the last lines of this file.
+# - A broken folder may be found by rank 3 alone. It waits too, but no SIGTERM comes: after five
+#   seconds it tells it and ends. The others get SIGTERM then.
 #
 # By a signal. Before and after training there is nothing to save, and signals do what they do by
 # default. In training a signal has to wait for the next update of the weights:
 # 1. its handler, `note_signal`, only puts its number into STOP;
 # 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
 # 3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
+# Data workers go on meanwhile: see `_start_worker` in common.py.
 
 STOP = []
 PARENT = os.getppid()
@@ -950,11 +959,11 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def wait_for_torchrun() -> None:
-    """Waits for torchrun's signal, which comes if another rank has ended, and ends this one."""
+    """Waits for torchrun's signal, which comes if another rank has failed, and ends this one."""
     if STOP:  # it has come already: in training `note_signal` keeps it
         sys.exit(128 + STOP[0])
     set_signals(signal.SIG_DFL)
-    time.sleep(5)  # if it has not come by then, no other rank has ended
+    time.sleep(5)  # if it has not come by then, no other rank has failed
 
 
 def end_with_torchrun() -> None:
