@@ -45,6 +45,8 @@ CELLS = [
     Cell("moco-fusion", "mocov2_fusion.py", "", "moco"),
     Cell("byol", "byol_dimcl.py", "--dimcl-weight 0"),
     Cell("byol-dimcl", "byol_dimcl.py", "", "byol"),
+    Cell("byol-lr4", "byol_dimcl.py", "--lr 0.004 --dimcl-weight 0"),  # the best of TRIES
+    Cell("byol-dimcl-lr4", "byol_dimcl.py", "--lr 0.004", "byol-lr4"),
     Cell("barlow", "barlow_dimcl.py", "--dimcl-weight 0"),
     Cell("barlow-dimcl", "barlow_dimcl.py", "", "barlow"),
     # Does it last? Likewise for any other pair that shows an effect.
@@ -71,7 +73,8 @@ TRIED = {
 
 def tries() -> list[Cell]:
     """Compared with the plain form with the same flags or, where that isn't tried, as it is."""
-    tried = [(c, rate) for rate in RATES for c in CELLS if c.epochs == 8 and "lit" not in c.name]
+    usual = [c for c in CELLS if c.epochs == 8 and not re.search("literal|lr4", c.name)]
+    tried = [(c, rate) for rate in RATES for c in usual]
     tried += [(c, more) for c in CELLS if c.name in TRIED for more in TRIED[c.name].split("; ")]
     found = {}
     for cell, more in tried:
