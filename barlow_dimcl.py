@@ -7,7 +7,8 @@
     python barlow_dimcl.py --eval runs/NAME/backbone.pt --data ...  # no training
 
 The same command again continues from the last checkpoint. It refuses other settings of the
-training, and does not notice changed code: give these a new --run-dir. --eval needs the training's
+training, and does not notice changed code: for both give a new --run-dir, the folder of
+checkpoint.pt, backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's
 --arch, --stem and --image-size. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and
 losses are in common.py.
 
@@ -68,8 +69,8 @@ from torchvision.utils import save_image
 #   yields for a step the indices of this rank's images and a list of their views, one for each
 #   recipe: (batch / world, 3, size, size). They depend on the step's number, seed and batch alone.
 #   Each pass draws a new random order of images and cuts it into whole batches; the rest is left
-#   out. Without a seed: centre crops of all images in their order, for evaluation, the last batch
-#   smaller.
+#   out. Without a seed, for evaluation: all images in their order, the last batch smaller, each as
+#   its centre square (7/8 of it for views above 96 px), resized.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
@@ -98,20 +99,18 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set. Other
-# images get the column `cifar`, `stl10` or `imagenet100` by the size of the largest. A flag that is
-# given wins over its row. Without a flag, batch_size, warmup_epochs, a stem of None and the size of
-# a view are fitted to the images: see "settings" below.
+# images get the column `cifar10`, `stl10` or `imagenet100` by the size of the largest. A flag that
+# is given wins over its row. Without a flag, batch_size, warmup_epochs, a stem of None and the size
+# of a view are fitted to the images: see "settings" below.
 #
 # barlow_scale is s: .1 in solo-learn, whose gradient on ImageNet-100 is half of the true one: .05.
 #
-# bias_rate: the rate of biases and norms, as a share of that of weights, with the optimizers lars
-# and larc. Biases and norms move by rate x gradient, so their rate has to be divided by whatever
-# scales the loss (lars and larc cancel it for weights): a bias_rate is right for one barlow_scale.
-# Published for ImageNet are rates of .2 for weights and .0048 for biases, with s = 1 and, as the
-# code does not gather gradients, 1/16 of the true gradient on 16 GPUs. With the true gradient and
-# s = .1 the same steps need .0048 / 16 / .1 = .003, which is .015 of .2.
+# bias_rate: with lars and larc, the rate of biases and norms as a share of that of weights. They
+# move by rate x gradient, so it belongs to one barlow_scale. Published for ImageNet is .0048 with s
+# = 1 and 1/16 of the true gradient, as the code does not gather gradients from its 16 GPUs. For the
+# same steps with s = .1 and the true gradient: .0048 / 16 / .1 = .003, .015 of the weights' .2.
 # fmt: off
-DATA_SETS =             ("shapes",   "cifar",    "stl10",    "imagenet100", "imagenet")
+DATA_SETS =             ("shapes",   "cifar10",  "stl10",    "imagenet100", "imagenet")
 PRESETS = {
     "epochs":            (8,          1000,       200,        400,           1000),
     "batch_size":        (64,         256,        256,        256,           2048),
@@ -165,7 +164,7 @@ flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
 flag("--compile", action=ON_OFF, default=False, help="torch.compile the networks")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
-flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: at epochs' ends only")
+flag("--save-every", type=int, default=0, help="updates between checkpoints; 0: epochs' ends only")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
@@ -215,14 +214,14 @@ class Method(nn.Module):
         self.projector = ops.MLP(features, args.projector, nn.BatchNorm1d, bias=bias)
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
+        """Views (B, 3, H, W) -> loss, scalars to log, embeddings (B, d), whose `std` is logged.
 
         `step` is for methods that need it; this one does not. For a loss of your own:
-        - return on rank r an L_r whose mean over the ranks is the loss: the mean over its own
-          images, or on every rank the same loss of all images;
-        - if it compares images of all ranks: gather(z), to be imported from common.py, makes
-          (WORLD B, d) of (B, d), with this rank's rows from RANK * B on. Its backward gives
-          sum_r dL_r/dz, which DDP divides by WORLD: the gradient of that mean;
+        - if it compares no images of different ranks, return the mean over this rank's;
+        - if it does, z = gather(z), to be imported from common.py, is (WORLD B, d), with this
+          rank's rows from RANK * B on. Return the mean over this rank's rows, or on every rank the
+          same loss of all rows: either gets the right gradient, as gather's backward sums over the
+          ranks and DDP divides by WORLD;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
@@ -239,7 +238,11 @@ class Method(nn.Module):
 
 
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
-    """Two groups: weights; biases and norms, without decay and LARS, at a `peak` of their own."""
+    """Two groups: weights; biases and norms (of one dimension), without decay and LARS.
+
+    `peak` is a group's highest rate; that of biases and norms is another. After a change here begin
+    a new run: `resume` loads peak, decay and adapt with the optimizer's state.
+    """
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     bias_peak = args.peak_lr
@@ -255,8 +258,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 #
 # The command line is parsed twice. First alone, in `given_flags`, which finds what is given and
 # where the images are. `choose_preset` then fits a column of PRESETS to the images, and `configure`
-# parses again on top of it: a given flag wins over the column, and the column over a default.
-# `configure` adds what follows from these, and `fit_method` what only this method needs.
+# parses again with that as defaults: so a given flag wins over the column, and rows without a flag
+# get into `args` too. `configure` adds what follows from these, and `fit_method` what only this
+# method needs.
 
 
 def given_flags() -> Namespace:
@@ -281,10 +285,10 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     and rounded down to a multiple of the ranks.
     """
     side = max(max(size) for size in images.sizes)
-    if given.data in DATA_SETS and given.data != "cifar":  # "cifar" is a column, no data set
+    if given.data in DATA_SETS:
         column = given.data
-    elif side <= 48:  # cifar10 and cifar100 as well
-        column = "cifar"
+    elif side <= 48:  # cifar100 as well
+        column = "cifar10"
     elif side <= 128:
         column = "stl10"
     else:
@@ -295,8 +299,9 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     if preset["stem"] is None:
         small = (given.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
-    # At least eight updates an epoch, unless that leaves less than two images a rank.
-    while preset["batch_size"] > max(len(images) // (8 * given.accumulate), 2 * WORLD):
+    # For at least eight updates an epoch, if that leaves two images a rank.
+    most = max(len(images) // (8 * given.accumulate), 2 * WORLD)
+    while preset["batch_size"] > most:
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
     epochs = given.epochs or preset["epochs"]
@@ -312,8 +317,8 @@ def configure() -> tuple[Namespace, Data]:
     except DataError as error:
         refuse(str(error))
     preset = choose_preset(given, data.pretrain)
-    # argparse gives a flag its default only where the preset has no value for it.
-    args = parser.parse_args(namespace=Namespace(**preset))
+    parser.set_defaults(**preset)
+    args = parser.parse_args()
 
     args.ranks, args.images = WORLD, len(data.pretrain)
     args.checksum = data.pretrain.checksum  # of the images, for `resume`
@@ -327,8 +332,7 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # Whole updates: with --accumulate an epoch may be shorter than a pass of `Batches` over the
-    # images. Then a pass may begin in the middle of an epoch, which does no harm.
+    # Whole updates. `Batches` knows nothing of epochs, and goes on from pass to pass.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -361,7 +365,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
-    model = Method(backbone, args).to(DEVICE)
+    model = Method(backbone, args).to(DEVICE)  # drawn by the seed that build_backbone set
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, in `backbone` too
     optimizer = build_optimizer(parameter_groups(model, args), args)
@@ -371,7 +375,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     start = resume(run / "checkpoint.pt", args, parts)
     log("args", start, **vars(args), device=str(DEVICE))
     if args.compile:
-        for part in model.children():  # not part.compile(): older torch passes over nn.Sequential
+        for part in model.children():  # older torch ignores part.compile() of an nn.Sequential
             part.forward = torch.compile(part.forward)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
@@ -395,8 +399,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # With --accumulate .grad holds G already, equal on all ranks. DDP averages G + g of the
-        # ranks, and mean(G + g) = G + mean(g). So no_sync would only spare communication.
+        # DDP averages .grad over the ranks. With --accumulate it holds the sum of earlier batches
+        # too: that is equal on all ranks already, so its mean is itself.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -413,8 +417,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32)
-        save_due = args.save_every > 0 and done % args.save_every < args.accumulate
+        save_due = args.save_every > 0 and done // args.accumulate % args.save_every == 0
         stop = asked_to_stop()  # the number of a signal, or 0: see "how a run ends"
         if stop or save_due or done % args.epoch_steps == 0:
             if RANK == 0:
@@ -581,8 +584,7 @@ class LARS(torch.optim.SGD):
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
     """Groups have `params`, weight `decay`, whether LARS may `adapt` them, and `peak`, for `train`.
 
-    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. After
-    these are changed in the code begin a new run: `resume` loads the old values.
+    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty.
     """
     if args.optimizer in ("lars", "larc"):
         return LARS(groups, args.optimizer)
@@ -760,6 +762,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     classes = int(y.max()) + 1
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
+    heads.to(DEVICE)
     nn.init.zeros_(heads[0].weight)
     nn.init.zeros_(heads[0].bias)
 
@@ -771,7 +774,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
 
     # To multiply a classifier's loss by r is to give it the learning rate r: they share no weights,
     # and the steps of SGD, momentum included, are linear in the gradient.
-    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
     for epoch in range(args.probe_epochs):
@@ -851,12 +854,14 @@ def log_progress(
 # - A wrong flag is found by all ranks. The first of each machine tells it and ends; the others
 #   wait, in `refuse`.
 # - A full disk is found by rank 0 alone, which tells it and ends. For the others the next exchange
-#   between ranks raises a RuntimeError; they wait, in the last lines of this file.
-# - A broken folder may be found by rank 3 alone. It waits too, but no SIGTERM comes: after five
-#   seconds it tells it and ends. The others get SIGTERM then.
+#   between ranks raises a RuntimeError (with gloo; not tried with NCCL). They wait, in the last
+#   lines of this file.
+# - A broken folder may be found by rank 3 alone, which can't know that and waits too. As no SIGTERM
+#   comes in five seconds, it tells it and ends. The others get SIGTERM then.
 #
 # By a signal. Before and after training there is nothing to save, and signals do what they do by
-# default. In training a signal has to wait for the next update of the weights:
+# default. In training a signal has to wait for the next update of the weights (and a probe before
+# it):
 # 1. its handler, `note_signal`, only puts its number into STOP;
 # 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
 # 3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
@@ -876,11 +881,11 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def wait_for_torchrun() -> None:
-    """Waits for torchrun's signal, which comes if another rank has failed, and ends this one."""
+    """Ends this rank by torchrun's signal; returns if none comes, as no other rank has failed."""
     if STOP:  # it has come already: in training `note_signal` keeps it
         sys.exit(128 + STOP[0])
     set_signals(signal.SIG_DFL)
-    time.sleep(5)  # if it has not come by then, no other rank has failed
+    time.sleep(5)
 
 
 def end_with_torchrun() -> None:

@@ -2,8 +2,8 @@
 
 1. Data: `load_data` finds the images, `Batches` serves them as views, from memory or from disk.
 2. Augmentation: `Augment` is the settings of one view; `SIMCLR`, `MOCO_V2`, `BYOL_VIEWS` are the
-   published ones. All operations work on batches, on the device that trains. Only image files are
-   cropped one by one, where they are decoded: by data workers, on the CPU.
+   published ones. All operations work on batches, on the device that trains. Only images on disk
+   are cropped one by one, where they are decoded: by data workers, on the CPU.
 3. Losses: `nt_xent`, `info_nce`, `byol_loss`, `barlow_twins`, `dimcl`; `gather` for several ranks.
 
     view = replace(SIMCLR, size=32, blur=0.0)
@@ -127,7 +127,7 @@ class OnDisk:
         self.files = files
         self.labels = labels
         # Files found unreadable, and of how many: see `note_broken`, which the trainer calls, not
-        # its workers. `take` passes both on, so that a file that is in several parts of a folder
+        # its workers. `take` shares them, so that a file that is in several parts of a folder
         # counts and is named once.
         self.broken: set[bytes] = set()
         self.total = len(files)
@@ -137,7 +137,7 @@ class OnDisk:
 
     def take(self, rows: np.ndarray) -> "OnDisk":
         """The images at `rows`."""
-        taken = copy.copy(self)  # with whatever a subclass has added
+        taken = copy.copy(self)  # with whatever a subclass has added, and the same set `broken`
         taken.files = self.files[rows]
         taken.labels = None if self.labels is None else self.labels[rows]
         return taken
@@ -232,7 +232,7 @@ class Data(NamedTuple):
     val: Images | None
 
 
-MEMORY_LIMIT = 4 << 30  # bytes of decoded images that a folder may take in memory
+MEMORY_LIMIT = 4 << 30  # bytes of decoded images; for each part of a folder, and in each rank
 ARCHIVES = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
 NAMED_FOLDERS = ("imagenet", "imagenet100")
 ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
@@ -280,7 +280,7 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 # (labels are a third argument; _hold(images) takes images of one size into memory) and a subclass
 # of OnDisk with a `decode` of its own:
 #
-#     @lru_cache
+#     @lru_cache  # for each process anew
 #     def opened(path: bytes, process: int) -> zipfile.ZipFile:
 #         return zipfile.ZipFile(os.fsdecode(path))
 #
@@ -444,9 +444,9 @@ class Batches:
     Without a seed, for evaluation: centre crops of all images in their order, the last batch
     smaller. Every rank gets the whole batch.
 
-    What is random about views is drawn first, as numbers u, by Augment.draw. By these Augment.apply
-    makes views of images in memory, on the device. Images on disk are cropped by the same numbers
-    in data workers, see `_Crops`, and become views on the device, by Augment.finish.
+    What is random about views is drawn first, as numbers u, by Augment.draw (below). By these
+    Augment.apply makes views of images in memory, on the device. Images on disk are cropped by the
+    same numbers in data workers, see `_Crops`, and become views on the device, by Augment.finish.
     """
 
     images: Images
@@ -577,9 +577,9 @@ def _start_worker(_: int) -> None:
     """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
 
     A terminal and torchrun signal the trainer's process group: the worker leaves it. A scheduler
-    signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and lives on for ten
-    seconds after SIGTERM, which it may not ignore, as torch ends workers by it. If the trainer
-    dies, torch ends the worker within seconds.
+    signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and ends only ten seconds
+    after SIGTERM. (It may not ignore SIGTERM: by that torch ends a worker that hangs.) If the
+    trainer dies, torch ends the worker within seconds.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -590,8 +590,9 @@ def _start_worker(_: int) -> None:
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
     """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
     top, left, height, width = box.tolist()
-    # As image[None], but with strides (3 H W, 1, 3 W, 3) for (3, 1, 3 W, 3), as a decoded image has
-    # its colours innermost: by these interpolate knows channels_last, and is faster.
+    # The permutations cancel each other, but image[None] alone would have the wrong stride for its
+    # one sample, and interpolate would not take its faster way for channels_last. (The colours of a
+    # decoded image are innermost.)
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
     view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
@@ -661,8 +662,7 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
 #
 # torchvision's operations take one set of parameters for all images that they are given. These take
 # a batch, with parameters for each sample, and give the same (compared in tests/test_augment.py).
-# That is why they look as they do; it makes two views of a small image 14 times as fast as
-# lightly's on one CPU thread (conditions in the README).
+# That is why they look as they do.
 
 Sides = int | np.ndarray  # in pixels: one number for all images, or one for each, (n,)
 
@@ -679,7 +679,8 @@ NUMBERS = np.dtype(
     ]
 )
 # The orders of the jitter's operations, which are numbered as in "factors". The number "order"
-# picks one for each sample. A sample without jitter has _NOTHING at each turn, which sorts last.
+# picks one for each sample. A sample without jitter has _NOTHING at each turn: as `_jitter` sorts
+# samples by these numbers, it comes last.
 _ORDERS = np.array(list(permutations(range(4))))
 _NOTHING = 4
 
@@ -964,10 +965,11 @@ def _contrast(x: Tensor, f: Tensor) -> None:
 
 
 def _saturation(x: Tensor, f: Tensor) -> None:
-    torch.lerp(_luma(x), x, f, out=x).clamp_(0, 1)
+    torch.lerp(_luma(x), x, f, out=x).clamp_(0, 1)  # pixel by pixel, so `out` may be x
 
 
-# torchvision's hue, but without its case distinctions.
+# torchvision's hue, but without its case distinctions. Why it is right, which is not needed to use
+# or extend the augmentation:
 #
 # A pixel's colours are r, g, b; m <= M the least and the largest of them; d = M - m. The hue counts
 # turns of the colour circle. Between these places one colour changes, linearly:
@@ -977,15 +979,14 @@ def _saturation(x: Tensor, f: Tensor) -> None:
 #     g      m    M      M      M      m      m      m
 #     b      m    m      m      M      M      M      m
 #
-# Up to 1/2, where g >= b, first g rises from m to M, then r falls, then b rises: so the hue is
-#     K = ((g - m) + (M - r) + (b - m)) / 6d = 1/6 + (g + b - r - m) / 6d
-# The other half is the same with g and b swapped, and backwards: the hue is -K, or 1 - K.
+# Up to 1/2, where g >= b, the hue is
+#     K = 1/6 + (g + b - r - m) / 6d
+# as K is right at the four places and linear between them. The other half is the first backwards,
+# with g and b swapped, which leaves K as it is: there the hue is -K, or 1 - K.
 #
-# Back: g is M up to 1/6 of a turn from 1/3, and m from 1/3 of a turn on; so is b about 2/3. r is m
-# up to 1/6 from 1/2, and M from 1/3 on. With c(h) = |hue - h| clamped to [1/6, 1/3],
+# Back, with c(h) = |hue - h| clamped to [1/6, 1/3], right at all places and linear between:
 #     g = M + d - 6d c(1/3),   b = M + d - 6d c(2/3),   r = m - d + 6d c(1/2)
-# (Where the way round the circle is shorter than |hue - h|, both are 1/3 or more.) Of gray d is 0,
-# and all three are m.
+# Of gray d is 0, and all three are m.
 
 
 def _hue(x: Tensor, f: Tensor) -> None:
@@ -1050,10 +1051,10 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     if end >= size:
         raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
-    for _ in range(2):  # along the width, then along the height, which .mT has put in its place
-        x = x.unfold(3, reach, block)  # (n, 3, height, blocks, reach): pixels of each block
-        x = x.flatten(1, 3) @ band.mT  # (n, 3 height blocks, block): output o is sum_j band[o, j]
-        x = x.view(len(x), 3, -1, blocks * block).mT  # (n, 3, width, height)
+    for _ in range(2):  # blurs along the last axis, then swaps the last two
+        x = x.unfold(3, reach, block)  # (n, 3, other axis, blocks, reach): the pixels of each block
+        x = x.flatten(1, 3) @ band.mT  # (n, all blocks, block): output o is sum_j band[o, j] x_j
+        x = x.view(len(x), 3, -1, blocks * block).mT  # (n, 3, blurred axis, other axis)
     return x[:, :, :size, :size]
 
 
@@ -1261,7 +1262,8 @@ def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
     return F.softplus(log_sums - positive)
 
 
-# The sums of exponentials, which are large: made in blocks, with gradients of our own.
+# The sums of exponentials, which are large: made in blocks, with gradients of our own. Not needed
+# to use a loss or to add one.
 
 
 class _PairSums(torch.autograd.Function):

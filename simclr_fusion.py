@@ -7,7 +7,8 @@
     python simclr_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
 The same command again continues from the last checkpoint. It refuses other settings of the
-training, and does not notice changed code: give these a new --run-dir. --eval needs the training's
+training, and does not notice changed code: for both give a new --run-dir, the folder of
+checkpoint.pt, backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's
 --arch, --stem and --image-size. --fusion-layers 0 is plain SimCLR. Data, augmentation and losses
 are in common.py.
 
@@ -24,25 +25,23 @@ The fusion layer reads the batch as a single sample whose channels are the B ima
     T <- T + Conv(T), `fusion_layers` times
     T (1, B, D, N) -> X (B, C, H, W)
 
-where Conv has B -> B channels, k x k weights over the plane (D, N), no bias, and is zero at first.
-T[0, b, d, n] is of image b; d counts the colours, rows and columns of a patch, columns fastest; n
-counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and p = 4, T is (1, 32, 48, 64).
-Thus the images of a batch are mixed into each other, and with a kernel of 3 x 3 also neighbours in
-an image: d + 1 is the next pixel in a row of the patch, n + 1 the next patch in a row of patches.
-(Where a row ends, the neighbour is the start of the next one, as D and N are flattened.) The layer
-learns from the loss, and is dropped after training.
+where Conv, the same on all ranks, has B -> B channels, k x k weights over the plane (D, N), no
+bias, and is zero at first. T[0, b, d, n] is of image b; d counts the colours, rows and columns of a
+patch, columns fastest; n counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and
+patches of 4 x 4, T is (1, 32, 48, 64). Thus the images of a batch are mixed into each other, and
+with a kernel of 3 x 3 also neighbours in an image: d + 1 is the next pixel in a row of the patch, n
++ 1 the next patch in a row of patches. (Where a row ends, the neighbour is the start of the next
+one, as D and N are flattened.) The layer learns from the loss, and is dropped after training.
 
-A mark is something that both views of an image share though it is not of the image: by it the loss
-could fall without images being compared. The layer could learn to make
+The two views of an image may share something that is not of the image: a mark. Then the loss can
+fall by that alone, without images being compared. Marks could be
 
-- a mark of the index. Conv has weights of its own for each index in the batch. It could mark what
-  is at index 0 by, say, horizontal edges of the other images, and what is at index 1 by vertical
-  ones; both views of image 0 would have the mark of index 0. Taken away: view 2 is put in a fresh
-  random order, fused, and put back. Then its mark is that of any index.
-- a mark of the rank, if there are several. The fused images of a rank all contain a little of its B
-  images, those of other ranks of others: by that alone an image could tell its negatives there. Not
-  taken away. In a short training the layer did not learn it, even at a hundred times its rate
-  (`python tests/marks.py`, one seed).
+- the index in the batch, for which Conv has weights of its own. Taken away by a random order: see
+  `fuse`;
+- the rank, if there are several: the fused images of a rank all contain a little of its B images,
+  so negatives of other ranks can be told from the partner. Not taken away. In a short training the
+  layer did not learn to use it, even at a hundred times its rate (`python tests/marks.py`, one
+  seed).
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -91,8 +90,8 @@ from torchvision.utils import save_image
 #   yields for a step the indices of this rank's images and a list of their views, one for each
 #   recipe: (batch / world, 3, size, size). They depend on the step's number, seed and batch alone.
 #   Each pass draws a new random order of images and cuts it into whole batches; the rest is left
-#   out. Without a seed: centre crops of all images in their order, for evaluation, the last batch
-#   smaller.
+#   out. Without a seed, for evaluation: all images in their order, the last batch smaller, each as
+#   its centre square (7/8 of it for views above 96 px), resized.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
@@ -110,11 +109,11 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set. Other
-# images get the column `cifar`, `stl10` or `imagenet100` by the size of the largest. A flag that is
-# given wins over its row. Without a flag, batch_size, warmup_epochs, a stem of None, fusion_patch
-# and the size of a view are fitted to the images: see "settings" below.
+# images get the column `cifar10`, `stl10` or `imagenet100` by the size of the largest. A flag that
+# is given wins over its row. Without a flag, batch_size, warmup_epochs, a stem of None,
+# fusion_patch and the size of a view are fitted to the images: see "settings" below.
 # fmt: off
-DATA_SETS =             ("shapes",   "cifar",     "stl10",     "imagenet100", "imagenet")
+DATA_SETS =             ("shapes",   "cifar10",   "stl10",     "imagenet100", "imagenet")
 PRESETS = {
     "epochs":            (5,          1000,        200,         400,           100),
     "batch_size":        (128,        256,         256,         256,           4096),
@@ -171,7 +170,7 @@ flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
 flag("--compile", action=ON_OFF, default=False, help="torch.compile the networks")
 flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
-flag("--save-every", type=int, default=0, help="steps between checkpoints; 0: at epochs' ends only")
+flag("--save-every", type=int, default=0, help="updates between checkpoints; 0: epochs' ends only")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
@@ -243,7 +242,7 @@ class FusionLayer(nn.Module):
             self.convs.append(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel == 1:  # one B x B matrix over whole images: patches would only cost time
+        if self.kernel == 1:  # one B x B matrix for whole images: without patches twice as fast
             for conv in self.convs:
                 x = x + torch.einsum("ij,jchw->ichw", conv.weight[:, :, 0, 0], x)
             return x
@@ -267,6 +266,13 @@ class Method(nn.Module):
         )
 
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The fused views.
+
+        Conv has weights of its own for each index in the batch. It could mark what is at index 0
+        by, say, horizontal edges of the other images, and what is at 1 by vertical ones. Both views
+        of image 0 would have mark 0, no other would. Therefore view 2 is put in a random order,
+        fused, and put back: then its image 0 has the mark of a random index.
+        """
         if self.args.fusion_layers == 0:
             return x1, x2
         if not self.args.fusion_shuffle:
@@ -276,14 +282,14 @@ class Method(nn.Module):
         return self.fusion(x1), self.fusion(x2[order])[order.argsort()]  # and back
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, tensors to log, embeddings (B, d), whose `std` is logged.
+        """Views (B, 3, H, W) -> loss, scalars to log, embeddings (B, d), whose `std` is logged.
 
         For a loss of your own:
-        - return on rank r an L_r whose mean over the ranks is the loss: the mean over its own
-          images, or on every rank the same loss of all images;
-        - if it compares images of all ranks: gather(z), to be imported from common.py, makes
-          (WORLD B, d) of (B, d), with this rank's rows from RANK * B on. Its backward gives
-          sum_r dL_r/dz, which DDP divides by WORLD: the gradient of that mean;
+        - if it compares no images of different ranks, return the mean over this rank's;
+        - if it does, z = gather(z), to be imported from common.py, is (WORLD B, d), with this
+          rank's rows from RANK * B on. Return the mean over this rank's rows, or on every rank the
+          same loss of all rows: either gets the right gradient, as gather's backward sums over the
+          ranks and DDP divides by WORLD;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
@@ -299,7 +305,10 @@ class Method(nn.Module):
 
 
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
-    """Three groups: weights, which decay and `adapt` by LARS; biases and norms; the fusion layer.
+    """Three groups: weights; biases and norms (of one dimension); the fusion layer.
+
+    Only weights decay and `adapt` by LARS. After a change here begin a new run: `resume` loads
+    peak, decay and adapt with the optimizer's state.
 
     `peak` is a group's highest rate. That of the fusion layer lies far below the backbone's: each
     number of a fused image is a sum over B k^2 weights, and at the backbone's rate the layer soon
@@ -328,8 +337,9 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 #
 # The command line is parsed twice. First alone, in `given_flags`, which finds what is given and
 # where the images are. `choose_preset` then fits a column of PRESETS to the images, and `configure`
-# parses again on top of it: a given flag wins over the column, and the column over a default.
-# `configure` adds what follows from these, and `fit_method` what only this method needs.
+# parses again with that as defaults: so a given flag wins over the column, and rows without a flag
+# get into `args` too. `configure` adds what follows from these, and `fit_method` what only this
+# method needs.
 
 
 def given_flags() -> Namespace:
@@ -354,10 +364,10 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     and rounded down to a multiple of the ranks.
     """
     side = max(max(size) for size in images.sizes)
-    if given.data in DATA_SETS and given.data != "cifar":  # "cifar" is a column, no data set
+    if given.data in DATA_SETS:
         column = given.data
-    elif side <= 48:  # cifar10 and cifar100 as well
-        column = "cifar"
+    elif side <= 48:  # cifar100 as well
+        column = "cifar10"
     elif side <= 128:
         column = "stl10"
     else:
@@ -368,8 +378,9 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     if preset["stem"] is None:
         small = (given.image_size or preset["image_size"]) <= 64
         preset["stem"] = "small" if small else "imagenet"
-    # At least eight updates an epoch, unless that leaves less than two images a rank.
-    while preset["batch_size"] > max(len(images) // (8 * given.accumulate), 2 * WORLD):
+    # For at least eight updates an epoch, if that leaves two images a rank.
+    most = max(len(images) // (8 * given.accumulate), 2 * WORLD)
+    while preset["batch_size"] > most:
         preset["batch_size"] //= 2
     preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
     epochs = given.epochs or preset["epochs"]
@@ -385,8 +396,8 @@ def configure() -> tuple[Namespace, Data]:
     except DataError as error:
         refuse(str(error))
     preset = choose_preset(given, data.pretrain)
-    # argparse gives a flag its default only where the preset has no value for it.
-    args = parser.parse_args(namespace=Namespace(**preset))
+    parser.set_defaults(**preset)
+    args = parser.parse_args()
 
     args.ranks, args.images = WORLD, len(data.pretrain)
     args.checksum = data.pretrain.checksum  # of the images, for `resume`
@@ -400,8 +411,7 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # Whole updates: with --accumulate an epoch may be shorter than a pass of `Batches` over the
-    # images. Then a pass may begin in the middle of an epoch, which does no harm.
+    # Whole updates. `Batches` knows nothing of epochs, and goes on from pass to pass.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -433,7 +443,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
     # The layer has weights for each index in the batch of a rank. So a run with fusion has to be
     # continued on as many ranks as it began: `resume` compares fusion_batch. Without fusion any
-    # number will do with which the batch is the same.
+    # number will do that leaves the batch the same.
     args.fusion_batch = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     args.chance_loss = math.log(2 * args.batch_size - 1)  # without information; for the log alone
 
@@ -443,7 +453,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
 
 def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     """Trains `backbone` in place, as model.backbone; leaves checkpoint.pt and backbone.pt."""
-    model = Method(backbone, args).to(DEVICE)
+    model = Method(backbone, args).to(DEVICE)  # drawn by the seed that build_backbone set
     if WORLD > 1 and CUDA:  # SyncBatchNorm is for GPUs: on CPUs each rank has its own statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, in `backbone` too
     optimizer = build_optimizer(parameter_groups(model, args), args)
@@ -453,7 +463,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
     start = resume(run / "checkpoint.pt", args, parts)
     log("args", start, **vars(args), device=str(DEVICE))
     if args.compile:
-        for part in model.children():  # not part.compile(): older torch passes over nn.Sequential
+        for part in model.children():  # older torch ignores part.compile() of an nn.Sequential
             part.forward = torch.compile(part.forward)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     stream = view_stream(range(start, args.steps), data, args)
@@ -478,8 +488,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # With --accumulate .grad holds G already, equal on all ranks. DDP averages G + g of the
-        # ranks, and mean(G + g) = G + mean(g). So no_sync would only spare communication.
+        # DDP averages .grad over the ranks. With --accumulate it holds the sum of earlier batches
+        # too: that is equal on all ranks already, so its mean is itself.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -496,8 +506,7 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         # Gradients are not saved: save and stop only after an update. An epoch ends with one.
         if done % args.accumulate > 0:
             continue
-        # At the first update at or after a multiple of --save-every (10, accumulate 4: 12, 20, 32)
-        save_due = args.save_every > 0 and done % args.save_every < args.accumulate
+        save_due = args.save_every > 0 and done // args.accumulate % args.save_every == 0
         stop = asked_to_stop()  # the number of a signal, or 0: see "how a run ends"
         if stop or save_due or done % args.epoch_steps == 0:
             if RANK == 0:
@@ -664,8 +673,7 @@ class LARS(torch.optim.SGD):
 def build_optimizer(groups: list[dict], args: Namespace) -> torch.optim.Optimizer:
     """Groups have `params`, weight `decay`, whether LARS may `adapt` them, and `peak`, for `train`.
 
-    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty. After
-    these are changed in the code begin a new run: `resume` loads the old values.
+    LARS decays by itself, so SGD's own `weight_decay` stays 0 there. A group may be empty.
     """
     if args.optimizer in ("lars", "larc"):
         return LARS(groups, args.optimizer)
@@ -843,6 +851,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     classes = int(y.max()) + 1
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
+    heads.to(DEVICE)
     nn.init.zeros_(heads[0].weight)
     nn.init.zeros_(heads[0].bias)
 
@@ -854,7 +863,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
 
     # To multiply a classifier's loss by r is to give it the learning rate r: they share no weights,
     # and the steps of SGD, momentum included, are linear in the gradient.
-    optimizer = torch.optim.SGD(heads.to(DEVICE).parameters(), lr=1.0, momentum=0.9)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     shuffled = torch.randperm(len(x), generator=generator(args.seed, "held-out")).to(DEVICE)
     held_out, kept = shuffled.tensor_split([len(x) // 10 + 1])
     for epoch in range(args.probe_epochs):
@@ -934,12 +943,14 @@ def log_progress(
 # - A wrong flag is found by all ranks. The first of each machine tells it and ends; the others
 #   wait, in `refuse`.
 # - A full disk is found by rank 0 alone, which tells it and ends. For the others the next exchange
-#   between ranks raises a RuntimeError; they wait, in the last lines of this file.
-# - A broken folder may be found by rank 3 alone. It waits too, but no SIGTERM comes: after five
-#   seconds it tells it and ends. The others get SIGTERM then.
+#   between ranks raises a RuntimeError (with gloo; not tried with NCCL). They wait, in the last
+#   lines of this file.
+# - A broken folder may be found by rank 3 alone, which can't know that and waits too. As no SIGTERM
+#   comes in five seconds, it tells it and ends. The others get SIGTERM then.
 #
 # By a signal. Before and after training there is nothing to save, and signals do what they do by
-# default. In training a signal has to wait for the next update of the weights:
+# default. In training a signal has to wait for the next update of the weights (and a probe before
+# it):
 # 1. its handler, `note_signal`, only puts its number into STOP;
 # 2. after each update `asked_to_stop` finds out whether any rank has received a signal;
 # 3. then `train` saves, on rank 0, and calls `end_by_signal`, on all.
@@ -959,11 +970,11 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def wait_for_torchrun() -> None:
-    """Waits for torchrun's signal, which comes if another rank has failed, and ends this one."""
+    """Ends this rank by torchrun's signal; returns if none comes, as no other rank has failed."""
     if STOP:  # it has come already: in training `note_signal` keeps it
         sys.exit(128 + STOP[0])
     set_signals(signal.SIG_DFL)
-    time.sleep(5)  # if it has not come by then, no other rank has failed
+    time.sleep(5)
 
 
 def end_with_torchrun() -> None:

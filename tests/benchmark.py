@@ -504,7 +504,7 @@ def step_case(batch: int, shares: dict[str, list[float]]) -> Contestants:
     pictures = [picture(p) for p in data.pixels]
 
     def timed(name: str, precision: str, form: Callable, batches: Iterator) -> Callable[[], None]:
-        args = settings("cifar", f"{flags} --precision {precision}")
+        args = settings("cifar10", f"{flags} --precision {precision}")
         args.projector = [512, 128]
         method = trainer.Method(trainer.build_backbone(args), args)
         optimizer = trainer.build_optimizer(trainer.parameter_groups(method, args), args)
@@ -570,7 +570,7 @@ def race(options: argparse.Namespace) -> None:
     per_image: dict[str, list[float]] = {OURS: [], "lightly": []}
     errors: dict[str, list[float]] = {OURS: [], "lightly": []}
     for seed, name in itertools.product(range(options.seeds), per_image):
-        args = settings("cifar", f"{flags} --seed {seed}")
+        args = settings("cifar10", f"{flags} --seed {seed}")
         method = trainer.Method(trainer.build_backbone(args), args)
         optimizer = trainer.build_optimizer(trainer.parameter_groups(method, args), args)
         if name == OURS:
@@ -623,7 +623,7 @@ def fusion(options: argparse.Namespace) -> None:
         (32, 256, "resnet18", "small", 4, 1),
         (224, 64, "resnet50", "imagenet", 16, 3),
     ):
-        args = settings("cifar", f"--arch {arch} --stem {stem} --image-size {size}")
+        args = settings("cifar10", f"--arch {arch} --stem {stem} --image-size {size}")
         network = trainer.build_backbone(args)
         images = torch.randn(batch, 3, size, size)
         nhwc = images.contiguous(memory_format=torch.channels_last)

@@ -381,7 +381,7 @@ def test_real_photographs(real, tmp_path, capfd):
 
 def test_from_disk_with_default_workers(alone):
     args = check_run(alone, "simclr_fusion", 8, 16)
-    assert args["workers"] > 0 and args["optimizer"] == "larc" and args["preset"] == "cifar"
+    assert args["workers"] > 0 and args["optimizer"] == "larc" and args["preset"] == "cifar10"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -210,11 +210,11 @@ def test_readme_commands_parse(monkeypatch):
 
 @pytest.mark.parametrize(
     ("side", "column", "view"),
-    [(32, "cifar", 32), (64, "stl10", 64), (128, "stl10", 128), (200, "imagenet100", 224)],
+    [(32, "cifar10", 32), (64, "stl10", 64), (128, "stl10", 128), (200, "imagenet100", 224)],
 )
 def test_a_folder_gets_the_preset_of_its_size(script, side, column, view, monkeypatch):
-    """What a user gets who gives nothing but a folder, called as a column or not."""
-    monkeypatch.setattr(sys, "argv", ["x", "--data", "cifar"])
+    """What a user gets who gives nothing but a folder."""
+    monkeypatch.setattr(sys, "argv", ["x", "--data", "pictures"])
     monkeypatch.setattr(script, "load_data", lambda *_: noise(64, side))
     monkeypatch.setattr(script, "parser", copy.deepcopy(script.parser))
     args, _ = script.configure()
@@ -225,7 +225,7 @@ def test_a_folder_gets_the_preset_of_its_size(script, side, column, view, monkey
     assert args.stem == ("small" if side <= 64 else "imagenet")
     assert args.batch_size == 8 and args.steps == 8 * args.epochs  # at least eight steps an epoch
     assert args.precision == ("fp32" if script.DEVICE.type == "cpu" else script.PRECISION)
-    assert args.run_dir == f"runs/{script.__name__}_cifar_0"
+    assert args.run_dir == f"runs/{script.__name__}_pictures_0"
     assert all(recipe.size == view for recipe in script.recipes(args))
 
 
@@ -250,7 +250,7 @@ def test_more_ranks_than_gpus_is_one_line(machine, monkeypatch, capsys):
 
 def test_named_data_get_their_column(script, monkeypatch):
     names = {"shapes": "shapes", "stl10": "stl10", "imagenet100": "imagenet100"}
-    names |= {"imagenet": "imagenet", "cifar10": "cifar", "cifar100": "cifar"}
+    names |= {"imagenet": "imagenet", "cifar10": "cifar10", "cifar100": "cifar10"}
     for name, column in names.items():
         assert configured(script, f"--data {name}", noise(size=32))[0].preset == column
 
@@ -699,6 +699,15 @@ def test_accumulated_gradients(script, device, tmp_path, monkeypatch):
     assert not torch.equal(start["backbone.0.weight"], trained["backbone.0.weight"].to(device))
 
 
+def test_save_every_counts_updates(machine, device, tmp_path, monkeypatch):
+    """Of two batches each: after the third, and at the end of the epoch."""
+    extra = f"--accumulate 2 --save-every 3 --epochs 1 --batch-size 8 --run-dir {tmp_path}"
+    run, saved = built(machine, extra), []
+    monkeypatch.setattr(machine, "save_checkpoint", lambda *args: saved.append(args[-1]))
+    machine.train(small_backbone().to(device), run.data, run.args, machine.Log(run.args))
+    assert saved == [6, 8]
+
+
 def test_a_batch_to_accumulate_that_exceeds_the_data_is_refused(machine, capsys):
     with pytest.raises(SystemExit) as end:
         configured(machine, "--accumulate 5 --batch-size 16")
@@ -1008,7 +1017,7 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(machine, tmp_path, cap
     kinds |= {"foreign": {"state_dict": {}, "epoch": 3}, "list": [1, 2], "a": torch.ones(3)}
     kinds |= {f"no {key}": {k: v for k, v in good.items() if k != key} for key in good}
     kinds |= {f"{step!r}": good | {"step": step} for step in ("5", 0, -1, 9, 10**6, None, 2.5)}
-    changes = {"lr": 0.5, "checksum": 1, "images": 63, "fusion_batch": 8, "preset": "cifar"}
+    changes = {"lr": 0.5, "checksum": 1, "images": 63, "fusion_batch": 8, "preset": "cifar10"}
     for key, value in changes.items():
         kinds[f"{key} was {value}"] = good | {"settings": good["settings"] | {key: value}}
     less = {key: value for key, value in good["settings"].items() if key != "seed"}
