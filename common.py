@@ -81,8 +81,8 @@ class DataError(ValueError):
     """Images that are absent or unusable. The message is one line, written for the user."""
 
 
-def _crc32(images: np.ndarray, labels: np.ndarray | None) -> int:
-    checksum = zlib.crc32(np.ascontiguousarray(images))
+def _crc32(content: np.ndarray, labels: np.ndarray | None) -> int:
+    checksum = zlib.crc32(np.ascontiguousarray(content))
     if labels is None:
         return checksum
     return zlib.crc32(np.ascontiguousarray(labels), checksum)
@@ -127,8 +127,8 @@ class OnDisk:
         self.files = files
         self.labels = labels
         # Files found unreadable, and of how many: see `note_broken`, which the trainer calls, not
-        # its workers. `take` shares them, so that a file that is in several parts of a folder
-        # counts and is named once.
+        # its workers. Parts of a folder, made by `take`, have both in common, so that a file that
+        # is in several parts counts and is named once.
         self.broken: set[bytes] = set()
         self.total = len(files)
 
@@ -137,7 +137,7 @@ class OnDisk:
 
     def take(self, rows: np.ndarray) -> "OnDisk":
         """The images at `rows`."""
-        taken = copy.copy(self)  # with whatever a subclass has added, and the same set `broken`
+        taken = copy.copy(self)  # with `broken`, `total` and whatever a subclass has added
         taken.files = self.files[rows]
         taken.labels = None if self.labels is None else self.labels[rows]
         return taken
@@ -280,8 +280,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 # (labels are a third argument; _hold(images) takes images of one size into memory) and a subclass
 # of OnDisk with a `decode` of its own:
 #
-#     @lru_cache  # for each process anew
-#     def opened(path: bytes, process: int) -> zipfile.ZipFile:
+#     @lru_cache
+#     def opened(path: bytes, process: int) -> zipfile.ZipFile:  # for each process another
 #         return zipfile.ZipFile(os.fsdecode(path))
 #
 #     class InZip(OnDisk):
@@ -556,9 +556,9 @@ def _load(items: _Crops, steps: Sequence[int], workers: int, pin_memory: bool) -
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         loaded = iter(loader)
-        # With workers torch has now installed a handler that raises when one of them dies, wherever
-        # the trainer is. Put back the old one: then the loader raises, here, when it next waits for
-        # an item.
+        # With workers torch has now installed a handler of SIGCHLD that raises when one of them
+        # dies, wherever the trainer is. With the old one put back, it is the loader that raises,
+        # here, when it next waits for an item.
         if signal.getsignal(signal.SIGCHLD) is not handler:
             signal.signal(signal.SIGCHLD, handler)
         yield from loaded
@@ -679,8 +679,7 @@ NUMBERS = np.dtype(
     ]
 )
 # The orders of the jitter's operations, which are numbered as in "factors". The number "order"
-# picks one for each sample. A sample without jitter has _NOTHING at each turn: as `_jitter` sorts
-# samples by these numbers, it comes last.
+# picks one for each sample; without jitter it has _NOTHING at each turn.
 _ORDERS = np.array(list(permutations(range(4))))
 _NOTHING = 4
 
@@ -743,8 +742,9 @@ class Augment:
     def _transform(self, images: Tensor, u: np.ndarray, boxes: Tensor | None) -> Tensor:
         """Crops where there are boxes, then colours, gray, blur, solarize, normalise.
 
-        `_jitter` sorts the samples and leaves them so: x[k] is then sample rows[k] of the batch. u,
-        order, factors and sigma stay in the order of the batch, and are indexed by rows.
+        There are two orders of the samples: that of the batch, in which u, order, factors and sigma
+        are, and that in which `_jitter`, which sorts, leaves x and rows. x[k] is sample rows[k] of
+        the batch: its number "gray" is u["gray"][rows][k].
         """
         count, device = len(images), images.device
         order, factors, sigma = self._parameters(u)
@@ -1279,9 +1279,9 @@ class _PairSums(torch.autograd.Function):
     small. It is symmetric: block (i, j) adds its rows' sums to those of rows i and its columns' to
     those of rows j, so blocks with j <= i suffice.
 
-    Only blocks with a row or a column of this rank's pairs are visited: they hold every E_ab that
-    is a part of this rank's sums. Other rows of these blocks get incomplete sums, which are thrown
-    away. For other pairs g is 0, so blocks that are not visited have no part in dL/dx.
+    All parts of this rank's sums lie in blocks that have a row or a column of its pairs: only these
+    are visited. What they add to the sums of other rows is incomplete, and thrown away. In backward
+    other blocks have no part either, as g is 0 for other pairs.
     """
 
     @staticmethod
