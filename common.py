@@ -578,8 +578,8 @@ def _start_worker(_: int) -> None:
 
     A terminal and torchrun signal the trainer's process group: the worker leaves it. A scheduler
     signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and ends only ten seconds
-    after SIGTERM. (It may not ignore SIGTERM: by that torch ends a worker that hangs.) If the
-    trainer dies, torch ends the worker within seconds.
+    after SIGTERM. (It may not ignore SIGTERM: by that torch ends a worker that does not end by
+    itself.) If the trainer dies, torch ends the worker within seconds.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -893,8 +893,9 @@ def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Ten
 #
 #     x = _change(_mine, u["mine"][rows] < self.mine, x, _select(strength, rows))
 #
-# where _mine(x, strength) gets the chosen samples, x (n, 3, h, w) in [0, 1] and strength (n,), and
-# returns new ones in [0, 1]. To crop in another way, change `boxes`, `_crop` and `_crop_bytes`.
+# where _mine(x, strength) gets the chosen samples, x (n, 3, h, w) in [0, 1] and strength (n,),
+# which meets x as strength.view(-1, 1, 1, 1), and returns new ones in [0, 1]. To crop in another
+# way, change `boxes`, `_crop` and `_crop_bytes`.
 
 
 def _crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
