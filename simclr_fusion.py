@@ -29,8 +29,8 @@ where Conv, the same on all ranks, has B -> B channels, k x k weights over the p
 bias, and is zero at first. T[0, b, d, n] is of image b; d counts the colours, rows and columns of a
 patch, columns fastest; n counts the patches row by row. For 32 images of 3 x 32 x 32 numbers and
 patches of 4 x 4, T is (1, 32, 48, 64). Thus the images of a batch are mixed into each other, and
-with a kernel of 3 x 3 also neighbours in an image: d + 1 is the next pixel in a row of the patch, n
-+ 1 the next patch in a row of patches. (Where a row ends, the neighbour is the start of the next
+with a kernel of 3 x 3 also neighbours in an image: d + 1 is the next pixel in a row of a patch, and
+n + 1 the next patch in a row of patches. (Where a row ends, the neighbour is the start of the next
 one, as D and N are flattened.) The layer learns from the loss, and is dropped after training.
 
 The two views of an image may share something that is not of the image: a mark. Then the loss can
