@@ -740,12 +740,7 @@ class Augment:
         return self._transform(crops, u, None)
 
     def _transform(self, images: Tensor, u: np.ndarray, boxes: Tensor | None) -> Tensor:
-        """Crops where there are boxes, then colours, gray, blur, solarize, normalise.
-
-        There are two orders of the samples: that of the batch, in which u, order, factors and sigma
-        are, and that in which `_jitter`, which sorts, leaves x and rows. x[k] is sample rows[k] of
-        the batch: its number "gray" is u["gray"][rows][k].
-        """
+        """Crops where there are boxes, then colours, gray, blur, solarize, normalise."""
         count, device = len(images), images.device
         order, factors, sigma = self._parameters(u)
         factors, sigma = _to(factors, device), _to(sigma, device)
@@ -753,18 +748,17 @@ class Augment:
         # kernel_size = 2 radius + 1.
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
         out = torch.empty(count, 3, self.size, self.size, device=device)
-        # Autocast would make the products of _crop and _blur half, and index_copy_ raise.
+        # Autocast would make the products of _crop and _blur half, and `_change` raise.
         with torch.autocast(device.type, enabled=False):
             for part in _chunks(count, max(self.size, *images.shape[2:]), device):
-                rows = np.arange(count)[part]
                 x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
                 if boxes is not None:
                     x = _crop(x, boxes[part], self.size)
-                x, rows = _jitter(x.mul_(1 / 255), rows, order, factors)
-                x = _change(_grayscale, u["gray"][rows] < self.gray, x)
-                x = _change(blur, u["blur"][rows] < self.blur, x, _select(sigma, rows))
-                x = _change(_solarize, u["solarize"][rows] < self.solarize, x)
-                out.index_copy_(0, _to(rows, device), self.normalise(x))
+                x = _jitter(x.mul_(1 / 255), order[part], factors[part])
+                x = _change(_grayscale, u["gray"][part] < self.gray, x)
+                x = _change(blur, u["blur"][part] < self.blur, x, sigma[part])
+                x = _change(_solarize, u["solarize"][part] < self.solarize, x)
+                out[part] = self.normalise(x)
         return out
 
     def centre(self, images: Tensor) -> Tensor:
@@ -891,7 +885,7 @@ def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Ten
 #
 # 4. in its loop, after _jitter,
 #
-#     x = _change(_mine, u["mine"][rows] < self.mine, x, _select(strength, rows))
+#     x = _change(_mine, u["mine"][part] < self.mine, x, strength[part])
 #
 # where _mine(x, strength) gets the chosen samples, x (n, 3, h, w) in [0, 1] and strength (n,),
 # which meets x as strength.view(-1, 1, 1, 1), and returns new ones in [0, 1]. To crop in another
@@ -928,29 +922,26 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size:
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-def _jitter(x: Tensor, rows: np.ndarray, order: np.ndarray, factors: Tensor) -> tuple:
-    """Applies to each sample its operations in their order; x[k] is row rows[k] of the batch.
+def _jitter(x: Tensor, order: np.ndarray, factors: Tensor) -> Tensor:
+    """Applies to each sample x[k] its operations in their order.
 
-    order[row, turn] is the number of an operation, factors[row, number] its factor. In each of four
-    turns x and factors, but not order, are sorted by their next operation, which then works in
-    place on a slice. If the next of three samples are hue (3), brightness (0) and _NOTHING (4),
-    they are sorted as samples 1, 0, 2: brightness changes the first, hue the second, nothing the
-    third. Returns the samples as they were last sorted, and their rows.
+    order[k, turn] is the number of an operation, factors[k, number] its factor. In each of four
+    turns the samples are sorted by their next operation, which then works in place on a slice. If
+    the next of three samples are hue (3), brightness (0) and _NOTHING (4), they are sorted as
+    samples 1, 0, 2: brightness changes the first, hue the second, nothing the third.
     """
-    factors = _select(factors, rows)
+    samples = np.arange(len(x))
     operations = (_brightness, _contrast, _saturation, _hue)
     for turn in range(len(operations)):
-        upcoming = order[rows, turn]  # of x[k]; order itself stays indexed by the batch's rows
-        moved = np.argsort(upcoming, kind="stable")
-        x = _select(x, moved)
-        factors = _select(factors, moved)
-        rows = rows[moved]
-        bounds = np.searchsorted(upcoming[moved], range(len(operations) + 1))
+        moved = np.argsort(order[:, turn], kind="stable")
+        x, factors = _select(x, moved), _select(factors, moved)
+        order, samples = order[moved], samples[moved]
+        bounds = np.searchsorted(order[:, turn], range(len(operations) + 1))
         for number, operation in enumerate(operations):
             start, end = bounds[number], bounds[number + 1]
             if start < end:
                 operation(x[start:end], factors[start:end, number])
-    return x, rows
+    return _select(x, np.argsort(samples))  # as they came
 
 
 # The operations of the jitter work in place on x (n, 3, h, w) in [0, 1]; factors f (n, 1, 1, 1).

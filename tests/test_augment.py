@@ -434,7 +434,7 @@ def test_the_example_of_an_augmentation_of_ones_own(monkeypatch):
             "    mine: float = 0.0\n    weakest: float = 0.2\n    strongest: float = 0.4\n",
         ),
         ("        out = torch.empty(count, 3", f"        {lines[0]}\n        {lines[1]}\n"),
-        ("                out.index_copy_(0", f"                {lines[2]}\n"),
+        ("                out[part] = ", f"                {lines[2]}\n"),
     ):
         assert source.count(where) == 1
         is_names = added.startswith('"')
