@@ -193,8 +193,7 @@ class OnDisk:
                 print(line, file=sys.stderr, flush=True)
         if len(self.broken) > max(1, 0.01 * self.total):
             found = f"{len(self.broken)} of {self.total} images in {os.fsdecode(self.folder)!r}"
-            one = f"as {os.fsdecode(max(self.broken))!r}"
-            raise DataError(f"{found} can't be read (limit 1 %), {one}: remove or repair them")
+            raise DataError(f"{found} can't be read (limit 1 %): repair or remove the ones above")
 
 
 Images = InMemory | OnDisk
@@ -241,11 +240,12 @@ ENDINGS = (*datasets.folder.IMG_EXTENSIONS, ".gif")
 def load_data(name_or_path: str, root: str = "data") -> Data:
     """Finds the images that `name_or_path` stands for.
 
-    Names: `shapes` (drawn, no files); `cifar10`, `cifar100`, `stl10` (downloaded into `root` by
-    rank 0, checksums verified); `imagenet`, `imagenet100` (folders `train/` and `val/` under
-    `root/NAME`). Anything else is a path of a folder: with `train/` and `val/`, which hold class
-    folders; or with class folders, of which a fixed tenth of the images becomes `val`, the others
-    `train` and `pretrain`; or with images in any arrangement, without labels. Raises DataError.
+    Names: `shapes` (drawn, no files); `cifar10`, `cifar100`, `stl10` (downloaded by rank 0 into
+    `root`, which several machines have to share, checksums verified); `imagenet`, `imagenet100`
+    (folders `train/` and `val/` under `root/NAME`). Anything else is a path of a folder: with
+    `train/` and `val/`, which hold class folders; or with class folders, of which a fixed tenth of
+    the images becomes `val`, the others `train` and `pretrain`; or with images in any arrangement,
+    without labels. Raises DataError.
     """
     names = ", ".join(["shapes", *ARCHIVES, *NAMED_FOLDERS])
     if name_or_path == "":
@@ -281,7 +281,7 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 # of OnDisk with a `decode` of its own:
 #
 #     @lru_cache
-#     def opened(path: bytes, process: int) -> zipfile.ZipFile:  # for each process another
+#     def opened(path: bytes, process: int) -> zipfile.ZipFile:  # `process` only tells them apart
 #         return zipfile.ZipFile(os.fsdecode(path))
 #
 #     class InZip(OnDisk):
@@ -303,11 +303,14 @@ def _train_and_val(folder: Path) -> Data:
         raise DataError(f"{found}: {hint}, or rename train/ if that is a class")
     train, classes = _list_images(folder / "train")
     val, val_classes = _list_images(folder / "val")
-    wanted = f"train/ and val/ in {str(folder)!r} need at least two class folders each, the same"
+    for part, found in (("train", classes), ("val", val_classes)):
+        if not found:
+            wanted = "needs at least two class folders, and no images outside of them"
+            raise DataError(f"{str(folder / part)!r} {wanted}")
     unknown = sorted(set(val_classes) - set(classes))
-    if unknown or not classes or not val_classes:
-        found = f"{len(classes)} and {len(val_classes)}"
-        raise DataError(f"{wanted}: found {found}, of which only in val: {unknown[:3]}")
+    if unknown:
+        found = f"{len(unknown)} class folders of {str(folder / 'val')!r}, as {unknown[0]!r},"
+        raise DataError(f"{found} are not in {str(folder / 'train')!r}")
     label_in_train = np.array([classes.index(name) for name in val_classes])
     val.labels = label_in_train[val.labels]
     train = _hold(train)
@@ -327,10 +330,10 @@ def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
     if not files:
         raise DataError(f"no images in {str(folder)!r}: looked for {', '.join(ENDINGS)}")
     folders, labels = np.unique([os.path.dirname(file) for file in files], return_inverse=True)
-    # `folders` are those that hold images. Classes are all but "", which is `folder` itself, and
-    # folders within folders.
+    # `folders` are those that hold images. Two kinds are not classes: "", which is `folder` itself,
+    # and folders within folders.
     classes = [os.fsdecode(name) for name in folders if name and b"/" not in name]
-    all_in_classes = len(classes) == len(folders)
+    all_in_classes = len(classes) == len(folders)  # no other folder holds images
     if len(classes) > 1 and all_in_classes:
         return OnDisk(folder, np.array(files), labels), classes
     if len(classes) > 1 and _ranks()[0] == 0:
@@ -543,6 +546,21 @@ class _Crops(torch.utils.data.Dataset):
         return [crop.permute(0, 3, 1, 2) for crop in crops], unreadable
 
 
+def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
+    """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
+    top, left, height, width = box.tolist()
+    # The same as image[None] but for the stride of its one sample, by which interpolate recognises
+    # channels_last, for which it has a faster way. (The colours of a decoded image are innermost.)
+    view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    view = view[:, :, top : top + height, left : left + width]
+    view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
+    view = view[0].permute(1, 2, 0)
+    out.copy_(view.flip(1) if flip else view)
+
+
+# How data workers start, fail and end. Not needed to use or to extend the data.
+
+
 def _load(items: _Crops, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
     """items[step] of each step, made by worker processes, or by this one if workers is 0."""
     loader = torch.utils.data.DataLoader(
@@ -577,27 +595,14 @@ def _start_worker(_: int) -> None:
     """Keeps a worker alive at a signal, so that the trainer can finish its step and save.
 
     A terminal and torchrun signal the trainer's process group: the worker leaves it. A scheduler
-    signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1, and ends only ten seconds
-    after SIGTERM. (It may not ignore SIGTERM: by that torch ends a worker that does not end by
-    itself.) If the trainer dies, torch ends the worker within seconds.
+    signals every process: the worker ignores SIGINT, SIGHUP and SIGUSR1. SIGTERM ends it, but only
+    after ten seconds: it can't be ignored, as torch sends it to a worker that hangs. If the trainer
+    dies, torch ends the worker within seconds.
     """
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
-def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
-    """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
-    top, left, height, width = box.tolist()
-    # The permutations cancel each other, but image[None] alone would have the wrong stride for its
-    # one sample, and interpolate would not take its faster way for channels_last. (The colours of a
-    # decoded image are innermost.)
-    view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    view = view[:, :, top : top + height, left : left + width]
-    view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
-    view = view[0].permute(1, 2, 0)
-    out.copy_(view.flip(1) if flip else view)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # SIGALRM ends it then
 
 
 # The ten classes of drawn shapes: roughly how far (x, y) is from the edge, negative within.
@@ -679,7 +684,7 @@ NUMBERS = np.dtype(
     ]
 )
 # The orders of the jitter's operations, which are numbered as in "factors". The number "order"
-# picks one for each sample; without jitter it has _NOTHING at each turn.
+# picks one for each sample. A sample without jitter has _NOTHING at each turn instead.
 _ORDERS = np.array(list(permutations(range(4))))
 _NOTHING = 4
 
@@ -748,7 +753,8 @@ class Augment:
         # kernel_size = 2 radius + 1.
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
         out = torch.empty(count, 3, self.size, self.size, device=device)
-        # Autocast would make the products of _crop and _blur half, and `_change` raise.
+        # Autocast would make the products of _crop and _blur half precision, which `_change` can't
+        # write among samples in float32.
         with torch.autocast(device.type, enabled=False):
             for part in _chunks(count, max(self.size, *images.shape[2:]), device):
                 x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
@@ -1043,11 +1049,17 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     if end >= size:
         raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
-    for _ in range(2):  # blurs along the last axis, then swaps the last two
-        x = x.unfold(3, reach, block)  # (n, 3, other axis, blocks, reach): the pixels of each block
-        x = x.flatten(1, 3) @ band.mT  # (n, all blocks, block): output o is sum_j band[o, j] x_j
-        x = x.view(len(x), 3, -1, blocks * block).mT  # (n, 3, blurred axis, other axis)
+    x = _times_band(x, band)  # columns blurred, in place of rows
+    x = _times_band(x, band)  # rows blurred, and all as it was
     return x[:, :, :size, :size]
+
+
+def _times_band(x: Tensor, band: Tensor) -> Tensor:
+    """Blurs x (n, 3, h, w) along w by band (n, block, reach); returns (n, 3, blocks * block, h)."""
+    n, block, reach = band.shape
+    pixels = x.unfold(3, reach, block)  # (n, 3, h, blocks, reach), of each block
+    outputs = pixels.flatten(1, 3) @ band.mT  # (n, 3 h blocks, block): sum_j band[o, j] pixels[j]
+    return outputs.view(n, 3, x.shape[2], -1).mT
 
 
 SIMCLR = Augment()
@@ -1067,13 +1079,14 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 #     1/W sum_r  d(L_0 + L_1 + ...)/dz_r  dz_r/dp
 #
 # as the backward of `gather` sums what all L have for z_r, and DistributedDataParallel makes the
-# mean over r. Rows may also be used without `gather`, as z below: then only L_r depends on them.
-# For example,
+# mean over r. For example,
 #
 #     def spread(z: Tensor) -> Tensor:  # mean of |z_i - centre|^2 over the rows of all ranks
 #         z = _checked(z)[0]  # (B, D), this rank's rows
 #         centre = gather(z).mean(0)  # of all rows
 #         return (z - centre).square().sum(1).mean()  # over this rank's rows, as nt_xent
+#
+# where the last line takes z itself: the other ranks' losses know it by `centre` alone.
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state: products of
 # matrices, which autocast would round, need torch.autocast(..., enabled=False) around them. All
@@ -1160,7 +1173,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
 
     q, k (B, D): queries and their keys, normalised here. queue (K, D): earlier keys, already
     normalised; they take no gradient, k does unless detached (arXiv 1911.05722, eq. 1). Without
-    information: log(K + 1). Raises ValueError.
+    information: log(K + 1). Memory: as nt_xent's, of B and K. Raises ValueError.
     """
     q, k = _checked(q, k)
     if queue.ndim != 2 or queue.shape[1] != q.shape[1]:
