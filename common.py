@@ -67,7 +67,7 @@ def _ranks() -> tuple[int, int]:
 
 
 def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Copies to `device`; to a GPU from pinned memory, as the host waits for any other copy."""
+    """Copies to `device`; to a GPU from pinned memory, for which the host need not wait."""
     tensor = torch.as_tensor(array)
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -260,7 +260,7 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
     if not os.path.isdir(folder):
         wanted = f"--data takes a folder of images or one of {names}"
         raise DataError(f"no folder {str(folder)!r}: {wanted}")
-    if os.path.isdir(folder / "train"):
+    if name_or_path in NAMED_FOLDERS or os.path.isdir(folder / "train"):
         return _train_and_val(folder)
     images, classes = _list_images(folder)
     if not classes:
@@ -281,7 +281,7 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 # of OnDisk with a `decode` of its own:
 #
 #     @lru_cache
-#     def opened(path: bytes, process: int) -> zipfile.ZipFile:  # `process` only tells them apart
+#     def opened(path: bytes, process: int) -> zipfile.ZipFile:  # process: for the cache alone
 #         return zipfile.ZipFile(os.fsdecode(path))
 #
 #     class InZip(OnDisk):
@@ -297,6 +297,8 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 
 def _train_and_val(folder: Path) -> Data:
     """Class folders in folder/train and in folder/val; val may have fewer, but at least two."""
+    if not os.path.isdir(folder / "train"):
+        raise DataError(f"{str(folder)!r} has no train/: add train/ and val/, with class folders")
     if not os.path.isdir(folder / "val"):
         found = f"{str(folder)!r} has train/ but no val/"
         hint = f"add val/, or pass --data {str(folder / 'train')!r}"
@@ -428,6 +430,64 @@ def _read_archive(kind: type, root: str) -> Data:
         return Data(InMemory(torch.cat([unlabelled.pixels, train.pixels])), train, val)
     train, val = part(train=True), part(train=False)
     return Data(train, train, val)
+
+
+# The ten classes of drawn shapes: roughly how far (x, y) is from the edge, negative within.
+
+
+def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
+    return np.maximum(abs(x) - width, abs(y) - height)
+
+
+_FIGURES = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.8,
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,
+    "square": lambda x, y: _box(x, y, 0.7, 0.7),
+    "frame": lambda x, y: abs(_box(x, y, 0.65, 0.65)) - 0.15,
+    "triangle": lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.9, 0.25), _box(x, y, 0.25, 0.9)),
+    "star": lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
+    "bar": lambda x, y: _box(x, y, 1.0, 0.22),
+    "two dots": lambda x, y: np.hypot(abs(x) - 0.55, y) - 0.38,
+}
+
+
+def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
+    """Drawn shapes; colour, place, size, rotation, background and noise say nothing of the class.
+
+    Colours are pale: strong ones would tell images apart better than shapes do, and training would
+    learn little else.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % len(_FIGURES)
+
+    def draw(low: float, high: float, *shape: int) -> np.ndarray:
+        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+
+    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled.
+    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
+    scale = draw(0.65, 0.95, 1, 1)
+    angle = draw(-np.pi / 2, np.pi / 2, 1, 1)
+    dx = grid - draw(-0.15, 0.15, 1, 1)
+    dy = grid[:, None] - draw(-0.15, 0.15, 1, 1)
+    x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
+    y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
+
+    distance = np.empty_like(x)
+    for label, figure in enumerate(_FIGURES.values()):
+        mine = labels == label
+        distance[mine] = figure(x[mine], y[mine])
+    in_pixels = distance * scale * size / 2  # the image is 2 wide, or `size` pixels
+    cover = np.clip(0.5 - in_pixels, 0, 1)[:, None]  # 0 outside, 1 within, a soft edge of a pixel
+    level = draw(0.15, 0.85, 1, 1, 1)
+    contrast = draw(0.3, 0.6, 1, 1, 1)
+    front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
+    back = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * x[:, None]
+    noise = 0.04 * rng.standard_normal(back.shape, np.float32)
+    image = back + (cover * (front - back) + noise)
+    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return InMemory(torch.from_numpy(pixels), labels)
 
 
 @lru_cache(maxsize=1)  # made once an epoch, not at each step: there may be millions of images
@@ -602,65 +662,7 @@ def _start_worker(_: int) -> None:
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # SIGALRM ends it then
-
-
-# The ten classes of drawn shapes: roughly how far (x, y) is from the edge, negative within.
-
-
-def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
-    return np.maximum(abs(x) - width, abs(y) - height)
-
-
-_FIGURES = {
-    "disc": lambda x, y: np.hypot(x, y) - 0.8,
-    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,
-    "square": lambda x, y: _box(x, y, 0.7, 0.7),
-    "frame": lambda x, y: abs(_box(x, y, 0.65, 0.65)) - 0.15,
-    "triangle": lambda x, y: np.maximum(abs(x) * 0.87 + y * 0.5, -y) - 0.5,
-    "cross": lambda x, y: np.minimum(_box(x, y, 0.9, 0.25), _box(x, y, 0.25, 0.9)),
-    "star": lambda x, y: np.hypot(x, y) - 0.65 - 0.3 * np.cos(5 * np.arctan2(y, x)),
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.75 - np.hypot(x - 0.45, y)),
-    "bar": lambda x, y: _box(x, y, 1.0, 0.22),
-    "two dots": lambda x, y: np.hypot(abs(x) - 0.55, y) - 0.38,
-}
-
-
-def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
-    """Drawn shapes; colour, place, size, rotation, background and noise say nothing of the class.
-
-    Colours are pale: strong ones would tell images apart better than shapes do, and training would
-    learn little else.
-    """
-    rng = np.random.default_rng(seed)
-    labels = np.arange(count) % len(_FIGURES)
-
-    def draw(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
-
-    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled.
-    grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    scale = draw(0.65, 0.95, 1, 1)
-    angle = draw(-np.pi / 2, np.pi / 2, 1, 1)
-    dx = grid - draw(-0.15, 0.15, 1, 1)
-    dy = grid[:, None] - draw(-0.15, 0.15, 1, 1)
-    x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
-    y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
-
-    distance = np.empty_like(x)
-    for label, figure in enumerate(_FIGURES.values()):
-        mine = labels == label
-        distance[mine] = figure(x[mine], y[mine])
-    in_pixels = distance * scale * size / 2  # the image is 2 wide, or `size` pixels
-    cover = np.clip(0.5 - in_pixels, 0, 1)[:, None]  # 0 outside, 1 within, a soft edge of a pixel
-    level = draw(0.15, 0.85, 1, 1, 1)
-    contrast = draw(0.3, 0.6, 1, 1, 1)
-    front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
-    back = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * x[:, None]
-    noise = 0.04 * rng.standard_normal(back.shape, np.float32)
-    image = back + (cover * (front - back) + noise)
-    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    return InMemory(torch.from_numpy(pixels), labels)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # SIGALRM ends it
 
 
 # ---------------------------------------------------------------------------------- augmentation
@@ -753,8 +755,7 @@ class Augment:
         # kernel_size = 2 radius + 1.
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
         out = torch.empty(count, 3, self.size, self.size, device=device)
-        # Autocast would make the products of _crop and _blur half precision, which `_change` can't
-        # write among samples in float32.
+        # Autocast would make the products of _crop and _blur half precision.
         with torch.autocast(device.type, enabled=False):
             for part in _chunks(count, max(self.size, *images.shape[2:]), device):
                 x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
@@ -1049,8 +1050,8 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     if end >= size:
         raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
-    x = _times_band(x, band)  # columns blurred, in place of rows
-    x = _times_band(x, band)  # rows blurred, and all as it was
+    x = _times_band(x, band)  # blurred along w, now (n, 3, w, h)
+    x = _times_band(x, band)  # blurred along h, now (n, 3, h, w)
     return x[:, :, :size, :size]
 
 

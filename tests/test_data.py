@@ -152,6 +152,10 @@ def test_named_folder(tmp_path):
     write_images(tmp_path / "imagenet" / "val", 2, 1)
     data = load_data("imagenet", str(tmp_path))
     assert (len(data.train), len(data.val)) == (6, 2)
+    # Not as any folder, of which a tenth of the images would become val.
+    write_images(tmp_path / "imagenet100", 2, 3)
+    with pytest.raises(DataError, match="imagenet100.* has no train/"):
+        load_data("imagenet100", str(tmp_path))
 
 
 def test_strange_names(tmp_path):
