@@ -234,14 +234,13 @@ class Method(nn.Module):
         torch._foreach_lerp_(list(self.target.parameters()), online, weight)
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, scalars to log, embeddings (B, d), whose `std` is logged.
+        """Views (B, 3, H, W) -> loss, 0-dim tensors to log, embeddings (B, d) for `std`.
 
         For a loss of your own:
-        - if it compares no images of different ranks, return the mean over this rank's;
-        - if it does, z = gather(z), to be imported from common.py, is (WORLD B, d), with this
-          rank's rows from RANK * B on. Return the mean over this rank's rows, or on every rank the
-          same loss of all rows: either gets the right gradient, as gather's backward sums over the
-          ranks and DDP divides by WORLD;
+        - return its mean over this rank's images; DDP averages the gradients over the ranks;
+        - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
+          this rank's rows from RANK * B on. Why the gradients are right is said in common.py, above
+          its losses;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
@@ -277,11 +276,11 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
 # ----------------------------------------- settings: the same in all five scripts but fit_method
 #
-# The command line is parsed twice. First alone, in `given_flags`, which finds what is given and
-# where the images are. `choose_preset` then fits a column of PRESETS to the images, and `configure`
-# parses again with that as defaults: so a given flag wins over the column, and rows without a flag
-# get into `args` too. `configure` adds what follows from these, and `fit_method` what only this
-# method needs.
+# The command line is parsed twice. First by `given_flags`, which finds what is given and where the
+# images are. `choose_preset` then fits a column of PRESETS to the images, and `configure` parses
+# again with that as defaults: so a given flag wins over the column, and rows without a flag get
+# into `args` too. `configure` adds what follows from these, and `fit_method` what only this method
+# needs.
 
 
 def given_flags() -> Namespace:
@@ -420,8 +419,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad over the ranks. With --accumulate it holds the sum of earlier batches
-        # too: that is equal on all ranks already, so its mean is itself.
+        # DDP averages .grad over the ranks r. With --accumulate that is G + g_r: G, the sum of
+        # earlier batches, is equal on all ranks already, so the average is G + that of the g_r.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -514,7 +513,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Where each rank has batch norms of its own, their running averages differ.
+    """For `features`: where each rank has batch norms of its own, their running averages differ.
 
     DistributedDataParallel does the same before each forward, but nobody does after the last.
     """

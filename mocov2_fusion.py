@@ -214,8 +214,8 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 # A step is one batch, of all ranks; with --accumulate several make one update of the weights.
 # `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below derives:
 # preset (the name of the column), ranks, images (their number), checksum, epoch_steps, steps,
-# warmup_steps, peak_lr (lr scaled by the images of an update), fusion_batch (the images of a rank),
-# final_momentum, chance_loss, views (recipes as texts).
+# warmup_steps, peak_lr (lr scaled by the images of an update), fusion_batch (the images of a rank;
+# without fusion 0), final_momentum, chance_loss, views (recipes as texts).
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -354,14 +354,13 @@ class Method(nn.Module):
         return loss, q
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
-        """Views (B, 3, H, W) -> loss, scalars to log, embeddings (B, d), whose `std` is logged.
+        """Views (B, 3, H, W) -> loss, 0-dim tensors to log, embeddings (B, d) for `std`.
 
         For a loss of your own, in place of info_nce in `contrast`:
-        - if it compares no images of different ranks, return the mean over this rank's;
-        - if it does, z = gather(z) of common.py is (WORLD B, d), with this rank's rows from RANK *
-          B on. Return the mean over this rank's rows, or on every rank the same loss of all rows:
-          either gets the right gradient, as gather's backward sums over the ranks and DDP divides
-          by WORLD;
+        - return its mean over this rank's images; DDP averages the gradients over the ranks;
+        - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
+          this rank's rows from RANK * B on. Why the gradients are right is said in common.py, above
+          its losses;
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
@@ -411,11 +410,11 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
 # ----------------------------------------- settings: the same in all five scripts but fit_method
 #
-# The command line is parsed twice. First alone, in `given_flags`, which finds what is given and
-# where the images are. `choose_preset` then fits a column of PRESETS to the images, and `configure`
-# parses again with that as defaults: so a given flag wins over the column, and rows without a flag
-# get into `args` too. `configure` adds what follows from these, and `fit_method` what only this
-# method needs.
+# The command line is parsed twice. First by `given_flags`, which finds what is given and where the
+# images are. `choose_preset` then fits a column of PRESETS to the images, and `configure` parses
+# again with that as defaults: so a given flag wins over the column, and rows without a flag get
+# into `args` too. `configure` adds what follows from these, and `fit_method` what only this method
+# needs.
 
 
 def given_flags() -> Namespace:
@@ -574,8 +573,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad over the ranks. With --accumulate it holds the sum of earlier batches
-        # too: that is equal on all ranks already, so its mean is itself.
+        # DDP averages .grad over the ranks r. With --accumulate that is G + g_r: G, the sum of
+        # earlier batches, is equal on all ranks already, so the average is G + that of the g_r.
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -668,7 +667,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """Where each rank has batch norms of its own, their running averages differ.
+    """For `features`: where each rank has batch norms of its own, their running averages differ.
 
     DistributedDataParallel does the same before each forward, but nobody does after the last.
     """
