@@ -1087,7 +1087,7 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 #         centre = gather(z).mean(0)  # of all rows
 #         return (z - centre).square().sum(1).mean()  # over this rank's rows, as nt_xent
 #
-# where the last line takes z itself: the other ranks' losses know it by `centre` alone.
+# where the last line takes z itself, as the other ranks' losses know it by `centre` alone.
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state: products of
 # matrices, which autocast would round, need torch.autocast(..., enabled=False) around them. All

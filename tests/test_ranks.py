@@ -48,7 +48,7 @@ def losses(d: int) -> dict:
     # The example in the comment on losses of one's own.
     source = Path(common.__file__).read_text()
     start = source.index("#     def spread(")
-    lines = source[start : source.index("#\n# Everything is computed", start)]
+    lines = source[start : source.index("#\n# where", start)]
     example = vars(common).copy()
     exec("\n".join(line[6:] for line in lines.splitlines()), example)
     return {
