@@ -43,8 +43,9 @@ one, as D and N are flattened.) The layer learns from the loss, and is dropped a
 A query and its key may share something that is not of their image: a mark. If the keys of the queue
 lack it, the loss can fall by that alone, without images being compared. Marks could be
 
-- the index in the batch, for which Conv has weights of its own. Taken away by a random order: see
-  `fuse`;
+- the index in the batch, for which Conv has weights of its own: it could print horizontal edges of
+  the other images on query 0 and key 0, and vertical ones on query 1 and key 1. Taken away by a
+  random order: see `fuse`;
 - the statistics of batch norm, if a query and its key are made among the same images. Taken away
   under several ranks by another random order (see `keys`), not on a single one;
 - the batch: a fused query and its key contain a little of the images of their batch, the keys of
@@ -299,12 +300,10 @@ class Method(nn.Module):
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Fused images for the queries and for the keys.
 
-        Conv has weights of its own for each index in the batch, the same in every batch. It could
-        mark what is at index 0 by, say, horizontal edges of the other images, and what is at 1 by
-        vertical ones. Query 5 and key 5 would have mark 5; but in the queue, with keys of all
-        indices, only one in B would: nearly all negatives could be told without a look at the
-        images. Therefore the images of the keys are fused in a random order: then key 5 has the
-        mark of a random index.
+        By its weights for index 5 Conv could mark query 5 and key 5. Of the keys in the queue,
+        which are of all indices, only one in B would have this mark: nearly all negatives could be
+        told without a look at the images. Therefore the images of the keys are fused in a random
+        order: then key 5 has the mark of a random index.
         """
         if self.args.fusion_layers == 0:
             return x1, x2
@@ -359,8 +358,8 @@ class Method(nn.Module):
         For a loss of your own, in place of info_nce in `contrast`:
         - return its mean over this rank's images; DDP averages the gradients over the ranks;
         - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
-          this rank's rows from RANK * B on. Why the gradients are right is said in common.py, above
-          its losses;
+          this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
+          (more in common.py, above its losses);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
@@ -486,7 +485,7 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # Whole updates. `Batches` knows nothing of epochs, and goes on from pass to pass.
+    # Whole updates. So an epoch may be less than a pass of `Batches`, which knows no epochs.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -573,8 +572,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad over the ranks r. With --accumulate that is G + g_r: G, the sum of
-        # earlier batches, is equal on all ranks already, so the average is G + that of the g_r.
+        # DDP averages .grad. With --accumulate that is G + g_r on rank r, where G, of the batches
+        # before, is equal on all ranks already: mean_r(G + g_r) = G + mean_r(g_r).
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -1023,15 +1022,16 @@ def log_progress(
 # Not needed to understand the method.
 #
 # By an error. As soon as a rank has failed, torchrun sends SIGTERM to the others of its machine. So
-# that an error is told once, a rank that might repeat it waits for that signal, in
-# `wait_for_torchrun`:
-# - A wrong flag is found by all ranks. The first of each machine tells it and ends; the others
-#   wait, in `refuse`.
-# - A full disk is found by rank 0 alone, which tells it and ends. For the others the next exchange
-#   between ranks raises a RuntimeError (with gloo; not tried with NCCL). They wait, in the last
-#   lines of this file.
-# - A broken folder may be found by rank 3 alone, which can't know that and waits too. As no SIGTERM
-#   comes in five seconds, it tells it and ends. The others get SIGTERM then.
+# that an error is told once, a rank that might repeat it waits for that signal, for five seconds:
+#
+#     error             found by      told by                         the other ranks
+#     a wrong flag      all ranks     the first one of each machine   wait in `refuse`
+#     a full disk       rank 0        rank 0                          meet a RuntimeError, wait
+#     a broken folder   rank 3, say   rank 3, after it has waited     are ended by torchrun
+#
+# The RuntimeError comes from the next exchange with rank 0 (with gloo; not tried with NCCL), and is
+# waited for in the last lines of this file. Rank 3 waits in `refuse`, as it can't know that no
+# other rank has found the same.
 #
 # By a signal. Before and after training there is nothing to save, and signals do what they do by
 # default. In training a signal has to wait for the next update of the weights (and a probe before
@@ -1089,7 +1089,7 @@ def asked_to_stop() -> int:
     return int(number)
 
 
-def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
+def end_by_signal(number: int, step: int, log: Log) -> NoReturn:
     log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
     sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
     sys.exit(128 + number)

@@ -273,8 +273,8 @@ class Method(nn.Module):
         For a loss of your own:
         - return its mean over this rank's images; DDP averages the gradients over the ranks;
         - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
-          this rank's rows from RANK * B on. Why the gradients are right is said in common.py, above
-          its losses;
+          this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
+          (more in common.py, above its losses);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
@@ -380,7 +380,7 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # Whole updates. `Batches` knows nothing of epochs, and goes on from pass to pass.
+    # Whole updates. So an epoch may be less than a pass of `Batches`, which knows no epochs.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -452,8 +452,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad over the ranks r. With --accumulate that is G + g_r: G, the sum of
-        # earlier batches, is equal on all ranks already, so the average is G + that of the g_r.
+        # DDP averages .grad. With --accumulate that is G + g_r on rank r, where G, of the batches
+        # before, is equal on all ranks already: mean_r(G + g_r) = G + mean_r(g_r).
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -902,15 +902,16 @@ def log_progress(
 # Not needed to understand the method.
 #
 # By an error. As soon as a rank has failed, torchrun sends SIGTERM to the others of its machine. So
-# that an error is told once, a rank that might repeat it waits for that signal, in
-# `wait_for_torchrun`:
-# - A wrong flag is found by all ranks. The first of each machine tells it and ends; the others
-#   wait, in `refuse`.
-# - A full disk is found by rank 0 alone, which tells it and ends. For the others the next exchange
-#   between ranks raises a RuntimeError (with gloo; not tried with NCCL). They wait, in the last
-#   lines of this file.
-# - A broken folder may be found by rank 3 alone, which can't know that and waits too. As no SIGTERM
-#   comes in five seconds, it tells it and ends. The others get SIGTERM then.
+# that an error is told once, a rank that might repeat it waits for that signal, for five seconds:
+#
+#     error             found by      told by                         the other ranks
+#     a wrong flag      all ranks     the first one of each machine   wait in `refuse`
+#     a full disk       rank 0        rank 0                          meet a RuntimeError, wait
+#     a broken folder   rank 3, say   rank 3, after it has waited     are ended by torchrun
+#
+# The RuntimeError comes from the next exchange with rank 0 (with gloo; not tried with NCCL), and is
+# waited for in the last lines of this file. Rank 3 waits in `refuse`, as it can't know that no
+# other rank has found the same.
 #
 # By a signal. Before and after training there is nothing to save, and signals do what they do by
 # default. In training a signal has to wait for the next update of the weights (and a probe before
@@ -968,7 +969,7 @@ def asked_to_stop() -> int:
     return int(number)
 
 
-def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
+def end_by_signal(number: int, step: int, log: Log) -> NoReturn:
     log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
     sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
     sys.exit(128 + number)

@@ -36,12 +36,13 @@ one, as D and N are flattened.) The layer learns from the loss, and is dropped a
 The two views of an image may share something that is not of the image: a mark. Then the loss can
 fall by that alone, without images being compared. Marks could be
 
-- the index in the batch, for which Conv has weights of its own. Taken away by a random order: see
-  `fuse`;
+- the index in the batch, for which Conv has weights of its own: it could print horizontal edges of
+  the other images on both views of image 0, and vertical ones on those of image 1. Taken away by a
+  random order: see `fuse`;
 - the rank, if there are several: the fused images of a rank all contain a little of its B images,
-  so negatives of other ranks can be told from the partner. Not taken away. In a short training the
-  layer did not learn to use it, even at a hundred times its rate (`python tests/marks.py`, one
-  seed).
+  so the negatives of other ranks could be told by that, and their part of the loss fall. Not taken
+  away. In a short training the layer did not learn to use it, even at a hundred times its rate
+  (`python tests/marks.py`, one seed).
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -268,10 +269,9 @@ class Method(nn.Module):
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The fused views.
 
-        Conv has weights of its own for each index in the batch. It could mark what is at index 0
-        by, say, horizontal edges of the other images, and what is at 1 by vertical ones. Both views
-        of image 0 would have mark 0, no other would. Therefore view 2 is put in a random order,
-        fused, and put back: then its image 0 has the mark of a random index.
+        By its weights for index 0 Conv could mark both views of image 0, and no other. Therefore
+        view 2 is put in a random order, fused, and put back: then its image 0 has the mark of a
+        random index.
         """
         if self.args.fusion_layers == 0:
             return x1, x2
@@ -287,8 +287,8 @@ class Method(nn.Module):
         For a loss of your own:
         - return its mean over this rank's images; DDP averages the gradients over the ranks;
         - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
-          this rank's rows from RANK * B on. Why the gradients are right is said in common.py, above
-          its losses;
+          this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
+          (more in common.py, above its losses);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
         - change `chance_loss` in fit_method as well, which is for the log alone.
@@ -306,8 +306,8 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Three groups: weights; biases and norms (of one dimension); the fusion layer.
 
-    Only weights decay and `adapt` by LARS. After a change here begin a new run: `resume` loads
-    peak, decay and adapt with the optimizer's state.
+    Only weights decay and `adapt` (by lars or larc). After a change here begin a new run: `resume`
+    loads peak, decay and adapt with the optimizer's state.
 
     `peak` is a group's highest rate. That of the fusion layer lies far below the backbone's: each
     number of a fused image is a sum over B k^2 weights, and at the backbone's rate the layer soon
@@ -410,7 +410,7 @@ def configure() -> tuple[Namespace, Data]:
     update = args.accumulate * args.batch_size  # images
     if update > args.images:
         refuse(f"--accumulate {args.accumulate} takes {update} images of {args.images}")
-    # Whole updates. `Batches` knows nothing of epochs, and goes on from pass to pass.
+    # Whole updates. So an epoch may be less than a pass of `Batches`, which knows no epochs.
     args.epoch_steps = args.images // update * args.accumulate
     args.steps = args.epochs * args.epoch_steps
     args.warmup_steps = round(args.warmup_epochs * args.epoch_steps)
@@ -487,8 +487,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad over the ranks r. With --accumulate that is G + g_r: G, the sum of
-        # earlier batches, is equal on all ranks already, so the average is G + that of the g_r.
+        # DDP averages .grad. With --accumulate that is G + g_r on rank r, where G, of the batches
+        # before, is equal on all ranks already: mean_r(G + g_r) = G + mean_r(g_r).
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -937,15 +937,16 @@ def log_progress(
 # Not needed to understand the method.
 #
 # By an error. As soon as a rank has failed, torchrun sends SIGTERM to the others of its machine. So
-# that an error is told once, a rank that might repeat it waits for that signal, in
-# `wait_for_torchrun`:
-# - A wrong flag is found by all ranks. The first of each machine tells it and ends; the others
-#   wait, in `refuse`.
-# - A full disk is found by rank 0 alone, which tells it and ends. For the others the next exchange
-#   between ranks raises a RuntimeError (with gloo; not tried with NCCL). They wait, in the last
-#   lines of this file.
-# - A broken folder may be found by rank 3 alone, which can't know that and waits too. As no SIGTERM
-#   comes in five seconds, it tells it and ends. The others get SIGTERM then.
+# that an error is told once, a rank that might repeat it waits for that signal, for five seconds:
+#
+#     error             found by      told by                         the other ranks
+#     a wrong flag      all ranks     the first one of each machine   wait in `refuse`
+#     a full disk       rank 0        rank 0                          meet a RuntimeError, wait
+#     a broken folder   rank 3, say   rank 3, after it has waited     are ended by torchrun
+#
+# The RuntimeError comes from the next exchange with rank 0 (with gloo; not tried with NCCL), and is
+# waited for in the last lines of this file. Rank 3 waits in `refuse`, as it can't know that no
+# other rank has found the same.
 #
 # By a signal. Before and after training there is nothing to save, and signals do what they do by
 # default. In training a signal has to wait for the next update of the weights (and a probe before
@@ -1003,7 +1004,7 @@ def asked_to_stop() -> int:
     return int(number)
 
 
-def end_by_signal(number: int, step: int, log: "Log") -> NoReturn:
+def end_by_signal(number: int, step: int, log: Log) -> NoReturn:
     log("stopped", step, by=signal.Signals(number).name, next="the same command continues")
     sum_over_ranks(torch.tensor(0))  # the ranks meet here: rank 0 has saved
     sys.exit(128 + number)
