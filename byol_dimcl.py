@@ -303,8 +303,8 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     """The column of PRESETS for the images, fitted to them and to the flags that are given.
 
     For example, 1,000 images of 64 px on 3 ranks get the column `stl10`, views of 64 px, the stem
-    `small`, and batches of 63: 256 is halved until it is at most an eighth of the images, so to 64,
-    and rounded down to a multiple of the ranks.
+    `small`, and (if --accumulate is 1) batches of 63: 256 is halved until it is at most an eighth
+    of the images, so to 64, and rounded down to a multiple of the ranks.
     """
     side = max(max(size) for size in images.sizes)
     if given.data in DATA_SETS:

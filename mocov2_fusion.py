@@ -112,8 +112,8 @@ from torchvision.utils import save_image
 # - info_nce(q, k, queue, temperature): row i of k is the positive of row i of q, the rows of the
 #   queue are the negatives of all. It normalises q and k, and returns the mean loss of this rank's
 #   queries.
-# - gather joins the rows of all ranks, and passes gradients on; here it is called for images and
-#   keys, which need none.
+# - gather joins the rows of all ranks (of a single one: returns its own), and passes gradients on;
+#   here it is called for images and keys, which need none.
 from common import (
     MOCO_V2,
     Augment,
@@ -357,7 +357,7 @@ class Method(nn.Module):
 
         For a loss of your own, in place of info_nce in `contrast`:
         - return its mean over this rank's images; DDP averages the gradients over the ranks;
-        - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
+        - to compare images of different ranks: z = gather(z) of common.py is (WORLD B, d), with
           this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
           (more in common.py, above its losses);
         - as common.py's losses do, cast to float32, and compute within
@@ -434,8 +434,8 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     """The column of PRESETS for the images, fitted to them and to the flags that are given.
 
     For example, 1,000 images of 64 px on 3 ranks get the column `stl10`, views of 64 px, the stem
-    `small`, and batches of 63: 256 is halved until it is at most an eighth of the images, so to 64,
-    and rounded down to a multiple of the ranks.
+    `small`, and (if --accumulate is 1) batches of 63: 256 is halved until it is at most an eighth
+    of the images, so to 64, and rounded down to a multiple of the ranks.
     """
     side = max(max(size) for size in images.sizes)
     if given.data in DATA_SETS:
