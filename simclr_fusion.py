@@ -291,7 +291,7 @@ class Method(nn.Module):
           (more in common.py, above its losses);
         - as common.py's losses do, cast to float32, and compute within
           `torch.autocast(DEVICE.type, enabled=False)`;
-        - change `chance_loss` in fit_method as well, which is for the log alone.
+        - log the same keys on all ranks; change `chance_loss` in fit_method, a number for the log.
         """
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
         x = torch.cat(self.fuse(x1, x2, step))
@@ -691,7 +691,10 @@ def schedule(step: int, steps: int, warmup: int = 0) -> float:
 
 
 class Log:
-    """For each event a line for the reader and a JSON object in metrics.jsonl, both by rank 0."""
+    """For each event a line for the reader and a JSON object in metrics.jsonl, both by rank 0.
+
+    A run that continues after a kill logs again what came after its checkpoint.
+    """
 
     def __init__(self, args: Namespace):
         self.board = None
