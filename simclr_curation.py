@@ -16,8 +16,8 @@ Where to change what: the loss in `Method`, the views in `recipes`, the network 
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
 in common.py.
 
-Method. Two random views of B images pass the backbone f and the projector g, the loss is
-NT-Xent(z1, z2). Random views of one image may share nothing, and those of two images may look
+Method. Two random views of the B images of a rank pass the backbone f and the projector g, the loss
+is NT-Xent(z1, z2). Random views of one image may share nothing, and those of two images may look
 alike: such pairs contradict the objective. Curation draws K B candidate pairs a step and, with the
 current network in eval mode, finds for pair i
 
@@ -206,9 +206,9 @@ def build_projector(features: int, args: Namespace) -> nn.Module:
 def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
     """For each step the indices of this rank's images, and two views of each.
 
-    Before curation starts a step draws batch_size images of all ranks, then K times as many, as if
-    it had from the first step. Epochs count the images trained on: one then draws each image K
-    times.
+    Before curation starts a step draws batch_size images of all ranks, then K times as many. The
+    second `Batches` is that of a run which draws as many from step 0 on, entered at curation_step.
+    Epochs count the images trained on: one then draws each image K times.
     """
     first = args.curation_step
     parts = [
@@ -271,7 +271,8 @@ class Method(nn.Module):
         Views are (K B, 3, H, W), before curation starts (B, 3, H, W).
 
         For a loss of your own:
-        - return its mean over this rank's images; DDP averages the gradients over the ranks;
+        - return a number whose mean over the ranks is the loss of all images, such as the mean over
+          this rank's: DDP averages the gradients;
         - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
           this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
           (more in common.py, above its losses);

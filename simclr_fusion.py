@@ -285,7 +285,8 @@ class Method(nn.Module):
         """Views (B, 3, H, W) -> loss, 0-dim tensors to log, embeddings (B, d) for `std`.
 
         For a loss of your own:
-        - return its mean over this rank's images; DDP averages the gradients over the ranks;
+        - return a number whose mean over the ranks is the loss of all images, such as the mean over
+          this rank's: DDP averages the gradients;
         - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
           this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
           (more in common.py, above its losses);
