@@ -32,8 +32,8 @@ cancels the scale, centring is enough. Our reading: under several ranks DimCL's 
 gradients are those of the whole batch, not each rank's own.
 
 Measured (10,000 images of CIFAR-10, 2026-11-27 and 28, conditions in the README): linear probe
-after 8 epochs, five seeds, 50.2 % (sd .8) with DimCL, 43.1 % (sd .7) without, 37.9 % untrained: a
-gain of 7.1 (paired by seed, 95 % interval 5.7 to 8.5); at twice the rate, two seeds, 8.4 (5.9 to
+after 8 epochs, five seeds, 50.4 % (sd .5) with DimCL, 43.0 % (sd .6) without, 38.1 % untrained: a
+gain of 7.4 (paired by seed, 95 % interval 6.7 to 8.1); at twice the rate, two seeds, 8.4 (5.9 to
 10.9). After 24 epochs, two seeds, 55.7 % and 47.5 %: a gain of 8.2 (4.2 to 12.1).
 """
 
