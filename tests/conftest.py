@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -239,3 +240,50 @@ def result(process: subprocess.Popen, timeout: float = 240) -> SimpleNamespace:
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+# The settings of a run that leaves precision, workers and optimizer at their defaults.
+SHORT = "--arch resnet10 --stem strided --image-size 16 --epochs 2 --batch-size 16"
+SHORT = f"{SHORT} --log-every 1 --probe-epochs 2".split()
+
+
+@pytest.fixture(scope="session")
+def background():
+    """Takes calls that wait for a process: one at a time, beside the tests, on the other core."""
+    pool = ThreadPoolExecutor(1)
+    yield pool
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(background, tmp_path_factory) -> tuple:
+    """test_ranks.py as the program of two ranks: the folder of what they find, and a future."""
+    folder = tmp_path_factory.mktemp("ranks")
+    words = [*TORCHRUN, ROOT / "tests" / "test_ranks.py", folder]
+    return folder, background.submit(python, *words, PYTHONPATH=str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def runs(background, tmp_path_factory, images, mixed) -> dict:
+    """Whole runs in processes of their own: {name: (folder, future)}.
+
+    On two ranks each script; "alone" is from disk, on one.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    words = [ROOT / "simclr_fusion.py", *SHORT, "--data", mixed, "--run-dir", folder / "alone"]
+    started = {"alone": (folder / "alone", background.submit(python, *words))}
+    for name in SCRIPTS:
+        words = [*TORCHRUN, ROOT / f"{name}.py", *flags(name), "--data", images]
+        on_cpu = torch.cuda.device_count() < 2
+        future = background.submit(python, *words, "--run-dir", folder / name, cpu=on_cpu)
+        started[name] = folder / name, future
+    return started
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early(request) -> None:
+    """Starts these with the first test of all, so that their own tests needn't wait."""
+    wanted = {name for test in request.session.items for name in test.fixturenames}
+    for name in ("two_ranks", "runs"):
+        if name in wanted:
+            request.getfixturevalue(name)

@@ -13,6 +13,7 @@ import tarfile
 import textwrap
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -599,27 +600,30 @@ def test_an_error_in_a_worker_is_one_line(mixed, workers, kind, monkeypatch):
 
 
 @LINUX
-@pytest.mark.parametrize(
-    "how", ["raise RuntimeError", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 2)"]
-)
-def test_workers_end_with_the_trainer(mixed, how):
+def test_workers_end_with_the_trainer(mixed):
     """After an exception, SIGKILL or Ctrl-C in the trainer nothing is left, and nothing hangs."""
-    code = f"""if True:
-        import os, signal, sys, torch
-        from common import SIMCLR, Batches, load_data
-        signal.signal(signal.SIGTERM, lambda *_: None)  # as a trainer that saves first
-        images = load_data({str(mixed)!r}).train
-        stream = Batches(images, [SIMCLR], 8, 0).stream(range(10**6), torch.device("cpu"), 2)
-        next(stream)
-        with open(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children") as file:
-            print(file.read(), flush=True)
-        {how}
-    """
-    done = python("-c", code)
-    assert done.code != 0
-    workers = [int(word) for word in done.out.split()]
-    assert len(workers) >= 2
-    wait_for_the_end(workers)
+
+    def ended(how: str):
+        code = f"""if True:
+            import os, signal, sys, torch
+            from common import SIMCLR, Batches, load_data
+            signal.signal(signal.SIGTERM, lambda *_: None)  # as a trainer that saves first
+            images = load_data({str(mixed)!r}).train
+            stream = Batches(images, [SIMCLR], 8, 0).stream(range(10**6), torch.device("cpu"), 2)
+            next(stream)
+            with open(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children") as file:
+                print(file.read(), flush=True)
+            {how}
+        """
+        return python("-c", code)
+
+    ways = ["raise RuntimeError", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 2)"]
+    with ThreadPoolExecutor(3) as pool:
+        for done, code in zip(pool.map(ended, ways), (1, -9, -2), strict=True):
+            assert done.code == code, done.err
+            workers = [int(word) for word in done.out.split()]
+            assert len(workers) >= 2
+            wait_for_the_end(workers)
 
 
 # -------------------------------------------------------------------- CIFAR and STL-10, real format

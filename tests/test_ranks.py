@@ -19,15 +19,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import (
-    ROOT,
     SCRIPTS,
-    TORCHRUN,
     built,
     command_line,
     configured,
     flags,
     process_state,
-    python,
     same,
     small_backbone,
     views,
@@ -215,10 +212,10 @@ def rank_program(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(two_ranks) -> Path:
     """Where the two ranks have left what they found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    done = python(*TORCHRUN, __file__, folder, PYTHONPATH=str(ROOT))
+    folder, future = two_ranks
+    done = future.result()
     assert done.code == 0, done.err
     return folder
 

@@ -16,6 +16,7 @@ import torchvision
 from conftest import (
     ROOT,
     SCRIPTS,
+    SHORT,
     TORCHRUN,
     flags,
     inside,
@@ -73,28 +74,6 @@ def check_run(run: Path, name: str, steps: int, side: int) -> dict:
     return args
 
 
-TINY = "--arch resnet10 --stem strided --image-size 16 --epochs 2 --batch-size 16 --log-every 1"
-TINY = [*TINY.split(), "--probe-epochs", "2"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, images, mixed):
-    """Runs in processes of their own, one at a time beside the tests: {name: (folder, future)}.
-
-    On two ranks each script; "alone" is from disk, with default workers, precision and optimizer.
-    """
-    folder, pool, started = tmp_path_factory.mktemp("runs"), ThreadPoolExecutor(1), {}
-    words = [ROOT / "simclr_fusion.py", *TINY, "--data", mixed, "--run-dir", folder / "alone"]
-    started["alone"] = folder / "alone", pool.submit(python, *words)
-    for name in SCRIPTS:
-        words = [*TORCHRUN, ROOT / f"{name}.py", *flags(name), "--data", images]
-        on_cpu = torch.cuda.device_count() < 2
-        future = pool.submit(python, *words, "--run-dir", folder / name, cpu=on_cpu)
-        started[name] = folder / name, future
-    yield started
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.fixture
 def alone(runs) -> Path:
     run, future = runs["alone"]
@@ -112,7 +91,6 @@ def refused(done, *words: str) -> None:
 # ------------------------------------------------------------------- what a user gets by default
 
 
-@pytest.mark.usefixtures("runs")  # they start here
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_default_run(name, tmp_path, capfd, monkeypatch, on_cpu):
     """A 16th of the shapes and one epoch; all else as without any flag."""
@@ -422,7 +400,7 @@ def alive(pids: list[int]) -> list[int]:
 
 def test_killed_and_continued_is_bit_identical(alone, mixed, tmp_path):
     """SIGKILL with workers of another number, in the second epoch."""
-    words = [ROOT / "simclr_fusion.py", *TINY, "--data", mixed, "--workers", 2]
+    words = [ROOT / "simclr_fusion.py", *SHORT, "--data", mixed, "--workers", 2]
     words += ["--run-dir", tmp_path]
     process = start(*words)
     when_at(process, 5)
@@ -440,7 +418,7 @@ def test_killed_and_continued_is_bit_identical(alone, mixed, tmp_path):
 
 
 def endless(mixed: Path, run: Path, *launcher: str, workers: int = 2):
-    words = [*launcher, ROOT / "simclr_fusion.py", *TINY, "--epochs", 10**6, "--data", mixed]
+    words = [*launcher, ROOT / "simclr_fusion.py", *SHORT, "--epochs", 10**6, "--data", mixed]
     return start(*words, "--workers", workers, "--run-dir", run)
 
 
@@ -476,7 +454,7 @@ def test_a_killed_worker_ends_the_run(mixed, tmp_path):
 def test_the_second_signal_ends_at_once(mixed, tmp_path):
     """Also a run that does not come to answer the first: here one that never asks for it."""
     code = "import simclr_fusion as script; script.asked_to_stop = lambda: 0; script.main()"
-    words = [*TINY, "--epochs", 10**6, "--data", mixed, "--run-dir", tmp_path, "--workers", 2]
+    words = [*SHORT, "--epochs", 10**6, "--data", mixed, "--run-dir", tmp_path, "--workers", 2]
     process = start("-c", code, *words)
     when_at(process, 2)
     process.send_signal(signal.SIGINT)
@@ -503,7 +481,8 @@ def test_a_killed_rank_is_started_again(mixed, tmp_path):
 
     def killed(rendezvous: str):
         torchrun = f"-m torch.distributed.run --nproc_per_node=2 --max-restarts=1 {rendezvous}"
-        words = [*TINY, "--data", mixed, "--workers", 1, "--run-dir", tmp_path / f"run{rendezvous}"]
+        words = [*SHORT, "--data", mixed, "--workers", 1]
+        words += ["--run-dir", tmp_path / f"run{rendezvous}"]
         process = start(*torchrun.split(), ROOT / "simclr_fusion.py", *words)
         when_at(process, 2)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
@@ -544,7 +523,7 @@ def test_a_rank_ends_with_its_torchrun_wherever_it_is(monkeypatch):
 
 def test_the_same_command_again_after_the_end(alone, mixed, tmp_path, capfd, on_cpu):
     run = Path(shutil.copytree(alone, tmp_path / "run"))
-    words = [*TINY, "--data", mixed, "--run-dir", run, "--workers", 0]
+    words = [*SHORT, "--data", mixed, "--run-dir", run, "--workers", 0]
     done = inside(capfd, "simclr_fusion", *words)
     assert done.code == 0 and "args, step 8:" in done.out and "train, step" not in done.out
     assert same(weights(alone), weights(run))
@@ -587,7 +566,7 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(kind, alone, mixed, tm
         pytest.skip("root may read everything")
     else:
         checkpoint.chmod(0)
-    words = [*TINY, "--data", data, "--run-dir", run, "--workers", 0, *extra]
+    words = [*SHORT, "--data", data, "--run-dir", run, "--workers", 0, *extra]
     refused(inside(capfd, name, *words), str(checkpoint))
     checkpoint.chmod(0o600)
     assert checkpoint.read_bytes() == (before[:-1000] if kind == "cut" else before)
@@ -596,7 +575,7 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(kind, alone, mixed, tm
 
 def test_eval(alone, mixed, tmp_path, capfd, on_cpu):
     """--eval with the flags of the run: the accuracy is that of the run's end."""
-    words = [*TINY, "--data", mixed, "--workers", 0, "--run-dir", tmp_path / "eval", "--eval"]
+    words = [*SHORT, "--data", mixed, "--workers", 0, "--run-dir", tmp_path / "eval", "--eval"]
     done = inside(capfd, "simclr_fusion", *words, alone / "backbone.pt")
     assert done.code == 0, done.err
     assert {p.name for p in (tmp_path / "eval").iterdir()} == {"metrics.jsonl", "neighbours.png"}
