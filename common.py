@@ -51,7 +51,7 @@ warnings.filterwarnings("ignore", message=".*decoding.*deprecated", module="torc
 def generator(*key: int | str) -> torch.Generator:
     """A random generator on the CPU whose numbers are a pure function of `key`.
 
-    The strings of a key name what the numbers are for: generator(seed, "order", epoch). The
+    The strings of a key name what the numbers are for: generator(seed, "view", step). The
     generator is never on a GPU, so that a run draws the same numbers on every kind of device, and
     the host knows which samples an operation concerns without asking the device.
     """
@@ -81,6 +81,20 @@ class DataError(ValueError):
     """Images that are absent or unusable. The message is one line, written for the user."""
 
 
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images must be uint8 (N, 3, H, W), got {found}")
+
+
+def _check_labels(labels: np.ndarray | None, count: int) -> None:
+    if labels is None:
+        return
+    if labels.dtype != np.int64 or labels.shape != (count,) or (labels < 0).any():
+        found = f"{labels.dtype} {labels.shape}"
+        raise ValueError(f"labels must be int64 ({count},), from 0 on, got {found}")
+
+
 def _crc32(content: np.ndarray, labels: np.ndarray | None) -> int:
     checksum = zlib.crc32(np.ascontiguousarray(content))
     if labels is None:
@@ -90,10 +104,17 @@ def _crc32(content: np.ndarray, labels: np.ndarray | None) -> int:
 
 @dataclass
 class InMemory:
-    """Images of one size: `pixels` (N, 3, H, W) uint8, one tensor; `labels` (N,) int64 or None."""
+    """Images of one size: `pixels` (N, 3, H, W) uint8, one tensor.
+
+    labels: (N,) int64, classes from 0 on, or None.
+    """
 
     pixels: Tensor
     labels: np.ndarray | None = None
+
+    def __post_init__(self):
+        _check_images(self.pixels)
+        _check_labels(self.labels, len(self.pixels))
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -119,10 +140,11 @@ class OnDisk:
 
     files: (N,) array of dtype S (bytes), paths relative to `folder`. Not a list: each worker would
     soon have a copy of it, because reading an element changes its reference count. labels: (N,)
-    int64 or None.
+    int64, classes from 0 on, or None. Best in the order of the classes: see `read`.
     """
 
     def __init__(self, folder: str | Path, files: np.ndarray, labels: np.ndarray | None = None):
+        _check_labels(labels, len(files))
         self.folder = os.fsencode(folder)
         self.files = files
         self.labels = labels
@@ -256,7 +278,7 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
         return Data(train, train, val)
     if name_or_path in ARCHIVES:
         return _archive(name_or_path, root)
-    folder = Path(root, name_or_path) if name_or_path in NAMED_FOLDERS else Path(name_or_path)
+    folder = folder_of(name_or_path, root)
     if not os.path.isdir(folder):
         wanted = f"--data takes a folder of images or one of {names}"
         raise DataError(f"no folder {str(folder)!r}: {wanted}")
@@ -265,6 +287,20 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
     images, classes = _list_images(folder)
     if not classes:
         return Data(_hold(images), None, None)
+    return _without_a_tenth(images)
+
+
+def folder_of(name_or_path: str, root: str = "data") -> Path | None:
+    """The folder where load_data looks for class folders or images; None for the other names."""
+    if name_or_path in NAMED_FOLDERS:
+        return Path(root, name_or_path)
+    if name_or_path == "shapes" or name_or_path in ARCHIVES:
+        return None
+    return Path(name_or_path)
+
+
+def _without_a_tenth(images: OnDisk) -> Data:
+    """A fixed tenth of labelled images becomes `val`, the others `train` and `pretrain`."""
     mixed = np.random.default_rng(0).permutation(len(images))
     tenth = math.ceil(len(images) / 10)
     train = _hold(images.take(np.sort(mixed[tenth:])))
@@ -274,11 +310,10 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 # For images kept in another way, add a branch to load_data, beside that of `shapes`,
 #
 #     if name_or_path.endswith(".zip"):
-#         images = InZip(name_or_path, np.array([b"cat/1.jpg", b"dog/1.jpg"]))
-#         return Data(images, None, None)
+#         return _without_a_tenth(InZip(name_or_path, files, labels))
 #
-# (labels are a third argument; _hold(images) takes images of one size into memory) and a subclass
-# of OnDisk with a `decode` of its own:
+# (without labels `return Data(images, None, None)`; _hold(images) takes images of one size into
+# memory) and a subclass of OnDisk with a `decode` of its own:
 #
 #     @lru_cache
 #     def opened(path: bytes, process: int) -> zipfile.ZipFile:  # process: for the cache alone
@@ -341,7 +376,8 @@ def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
     if len(classes) > 1 and _ranks()[0] == 0:
         stray = [os.fsdecode(file) for file in files if file.count(b"/") != 1]
         found = f"{len(stray)} of {len(files)} images lie outside of the class folders"
-        line = f"{found}, such as {stray[0]!r}: all images count as unlabelled"
+        hint = "to keep the labels, move such files away"
+        line = f"{found}, such as {stray[0]!r}: all images count as unlabelled; {hint}"
         print(line, file=sys.stderr, flush=True)
     return OnDisk(folder, np.array(files)), []
 
@@ -426,8 +462,9 @@ def _read_archive(kind: type, root: str) -> Data:
         return InMemory(torch.from_numpy(pixels), np.asarray(data.targets, np.int64))
 
     if kind is datasets.STL10:
-        train, val, unlabelled = part(split="train"), part(split="test"), part(split="unlabeled")
-        return Data(InMemory(torch.cat([unlabelled.pixels, train.pixels])), train, val)
+        train, val = part(split="train"), part(split="test")
+        unlabelled = torch.from_numpy(kind(root, split="unlabeled").data)
+        return Data(InMemory(torch.cat([unlabelled, train.pixels])), train, val)
     train, val = part(train=True), part(train=False)
     return Data(train, train, val)
 
@@ -490,16 +527,16 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
     return InMemory(torch.from_numpy(pixels), labels)
 
 
-@lru_cache(maxsize=1)  # made once an epoch, not at each step: there may be millions of images
-def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
+@lru_cache(maxsize=1)  # made once a pass, not at each step: there may be millions of images
+def _order_of_pass(count: int, seed: int, number: int) -> np.ndarray:
+    return torch.randperm(count, generator=generator(seed, "order", number)).numpy()
 
 
 @dataclass
 class Batches:
     """The batches of a run: step -> images -> views.
 
-    With a seed, for training: random views, a pure function of (seed, step, view). An epoch is
+    With a seed, for training: random views, a pure function of (seed, step, view). A pass is
     N // batch_size steps, which show the images in its own random order; the remainder is left out.
     Rank r takes the r-th of `world` equal consecutive shares of each batch. batch_size must be a
     multiple of `world` and at most N: the trainers check it.
@@ -524,8 +561,8 @@ class Batches:
         if self.seed is None:
             start = step * self.batch_size
             return np.arange(start, min(start + self.batch_size, len(self.images)))
-        epoch, place = divmod(step, len(self.images) // self.batch_size)
-        order = _epoch_order(len(self.images), self.seed, epoch)
+        done, place = divmod(step, len(self.images) // self.batch_size)  # passes; steps of the next
+        order = _order_of_pass(len(self.images), self.seed, done)
         start = place * self.batch_size
         return order[start : start + self.batch_size][self._share()]
 
@@ -549,7 +586,7 @@ class Batches:
 
         A view, one for each recipe, is (B, 3, size, size) float32, normalised. Images in memory
         move to `device` for good. Images on disk are decoded by `workers` processes, which work
-        ahead without a pause between epochs; a worker that fails or dies is a DataError here.
+        ahead without a pause between passes; a worker that fails or dies is a DataError here.
         """
         if isinstance(self.images, InMemory):
             self.images.pixels = self.images.pixels.to(device)
@@ -719,9 +756,7 @@ class Augment:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Random views of `images`. Raises ValueError for anything but uint8 (B, 3, H, W)."""
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            found = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"images must be uint8 (B, 3, H, W), got {found}")
+        _check_images(images)
         return self.apply(images, self.draw(len(images), generator))
 
     @staticmethod
@@ -1087,7 +1122,10 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 #         centre = gather(z).mean(0)  # of all rows
 #         return (z - centre).square().sum(1).mean()  # over this rank's rows, as nt_xent
 #
-# where the last line takes z itself, as the other ranks' losses know it by `centre` alone.
+# where the last line takes z itself, as the other ranks' losses know it by `centre` alone. To test
+# it: z_r.grad / W must be rank r's rows of the gradient of the whole loss. (Trained weights are no
+# measure. AdamW magnifies rounding in those without a gradient, and on CPUs each rank's batch norms
+# see its own images alone.)
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state: products of
 # matrices, which autocast would round, need torch.autocast(..., enabled=False) around them. All
@@ -1095,7 +1133,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # whose share is empty (dimcl of fewer columns than ranks).
 #
 # "Without information" in a docstring: the loss of embeddings that have nothing in common, whose
-# similarities are all about 0.
+# similarities are all 0. Those of random embeddings are not quite: with d numbers each, nt_xent and
+# info_nce are about 1 / (2 d t^2) higher, t the temperature, and dimcl 1 / (2 N t^2).
 
 
 class _Gather(torch.autograd.Function):

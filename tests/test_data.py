@@ -599,6 +599,22 @@ def test_an_error_in_a_worker_is_one_line(mixed, workers, kind, monkeypatch):
     assert "image 0 is not there" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "labels", [np.zeros(4, np.int32), np.zeros((4, 1), int), np.zeros(3, int), np.full(4, -1)]
+)
+def test_labels_that_the_probe_would_misread_are_refused(labels):
+    with pytest.raises(ValueError, match=r"labels must be int64 \(4,\)"):
+        InMemory(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels)
+    with pytest.raises(ValueError, match=r"labels must be int64 \(4,\)"):
+        OnDisk("folder", np.array([b"a.jpg"] * 4), labels)
+
+
+@pytest.mark.parametrize("pixels", [torch.zeros(4, 3, 8, 8), torch.zeros(4, 8, 8, 3).byte()])
+def test_pixels_of_another_kind_are_refused(pixels):
+    with pytest.raises(ValueError, match=r"uint8 \(N, 3, H, W\)"):
+        InMemory(pixels)
+
+
 @LINUX
 def test_workers_end_with_the_trainer(mixed):
     """After an exception, SIGKILL or Ctrl-C in the trainer nothing is left, and nothing hangs."""
@@ -744,7 +760,7 @@ def test_no_network(name, tmp_path, monkeypatch):
 
 
 def test_recipe_of_bytes_only():
-    with pytest.raises(ValueError, match=r"uint8 \(B, 3, H, W\).*\(2, 3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"uint8 \(N, 3, H, W\).*\(2, 3, 8, 8\)"):
         SIMCLR(torch.zeros(2, 3, 8, 8), torch.Generator())
     with pytest.raises(ValueError, match=r"\(2, 1, 8, 8\)"):
         SIMCLR(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.Generator())
