@@ -14,7 +14,7 @@ losses are in common.py.
 
 Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
-in common.py.
+in common.py. A new flag may have a row in PRESETS, and 0 as its value if it is in MAY_BE_0.
 
 Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation
 C (D, D) to the identity (arXiv 2103.03230). DimCL contrasts dimensions (arXiv 2309.11782): x_1 ...
@@ -65,12 +65,14 @@ from torchvision.utils import save_image
 # From common.py:
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 #   In a folder without train/ and val/ a fixed tenth is val, the rest both pretrain and train.
-# - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
-#   yields for a step the indices of this rank's images and a list of their views, one for each
-#   recipe: (batch / world, 3, size, size). They depend on the step's number, seed and batch alone.
-#   Each pass draws a new random order of images and cuts it into whole batches; the rest is left
-#   out. Without a seed, for evaluation: all images in their order, the last batch smaller, each as
-#   its centre square (7/8 of it for views above 96 px), resized.
+# - folder_of tells in which folder, if any.
+# - Batches(images, recipes, batch_size, seed=None, rank=0, world=1) has a method
+#   stream(steps, device, workers=0), which yields for a step the indices of this rank's images and
+#   a list of their views, one for each recipe: (batch_size / world, 3, size, size). They depend on
+#   the step's number, seed and batch alone. Each pass draws a new random order of images, cut into
+#   whole batches; the rest is left out. Without a seed, for evaluation: all images in their
+#   order, the last batch smaller, each as its centre square (7/8 of it for views above 96 px),
+#   resized.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
@@ -88,6 +90,7 @@ from common import (
     Images,
     barlow_twins,
     dimcl,
+    folder_of,
     generator,
     load_data,
 )
@@ -141,6 +144,7 @@ PRECISION = "fp32"
 if CUDA:
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # of GPU 0; emulated: slow
     PRECISION = "bf16" if bf16 else "fp16"
+WORKERS = min(8, os.cpu_count() or 1)
 flag("--redundancy-weight", type=float, default=0.0051, help="lambda of Barlow Twins")
 flag("--barlow-scale", type=float, help="s, the factor of Barlow's loss")
 flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL; 0: plain Barlow Twins")
@@ -148,7 +152,7 @@ flag("--dimcl-temperature", type=float, default=0.1, help="of DimCL's NT-Xent")
 # The flags below are the same in all five scripts of this project.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
-flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
+flag("--run-dir", help="folder of all that is written; default: runs/SCRIPT_DATA_SEED[_eval]")
 flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.png")
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
@@ -162,7 +166,7 @@ flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3,
 flag("--image-size", type=int, help="side of a view in pixels")
 flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
 flag("--compile", action=ON_OFF, default=False, help="torch.compile the networks")
-flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
+flag("--workers", type=int, default=WORKERS, help="processes of a rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
 flag("--save-every", type=int, default=0, help="updates between checkpoints; 0: epochs' ends only")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
@@ -222,9 +226,11 @@ class Method(nn.Module):
         - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
           this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
           (more in common.py, above its losses);
-        - as common.py's losses do, cast to float32, and compute within
-          `torch.autocast(DEVICE.type, enabled=False)`;
-        - log the same keys on all ranks; change `chance_loss` in fit_method, a number for the log.
+        - as common.py's losses do, cast to float32 (float64 may stay, for tests), and compute
+          within `torch.autocast(DEVICE.type, enabled=False)`;
+        - log the same keys on all ranks, none of those that `train` and `log_progress` use; change
+          or remove `chance_loss` in fit_method, a number for the log;
+        - `std` is of the embeddings' directions: it can't see them shrink.
         """
         # Each view by itself, as published: batch norm sees one view's statistics at a time.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
@@ -273,7 +279,7 @@ def given_flags() -> Namespace:
             refuse(f"{name} is empty")
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not 0 <= value < 2**31 or (value == 0 and key not in MAY_BE_0):
-                refuse(f"{name} {value} is out of range")
+                refuse(f"{name} {value} is out of range: above 0 (for some 0 too), below 2^31")
     return given
 
 
@@ -341,11 +347,12 @@ def configure() -> tuple[Namespace, Data]:
     fit_method(args, given)
     args.views = [str(recipe) for recipe in recipes(args)]  # for the log and for `resume`
 
-    folder = Path(args.data).resolve()  # for a named data set only a name
     if args.run_dir is None:
-        args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
+        name = Path(args.data).resolve().name  # as ./images/ and images are the same
+        args.run_dir = f"runs/{Path(__file__).stem}_{name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
-    if folder.is_dir() and Path(args.run_dir).resolve().is_relative_to(folder):
+    folder = folder_of(args.data, args.root)
+    if folder and Path(args.run_dir).resolve().is_relative_to(folder.resolve()):
         refuse(f"--run-dir {args.run_dir} lies in the image folder: its pictures would be images")
     return args, data
 
@@ -437,6 +444,9 @@ def main() -> None:
     log = Log(args)
     if data.train is None:
         log("warning", 0, text="the images have no labels: no linear probe")
+    else:
+        classes = int(data.train.labels.max()) + 1
+        log("data", 0, train=len(data.train), val=len(data.val), classes=classes)
     if args.eval:
         log("args", 0, **vars(args), device=str(DEVICE))
         with readable(Path(args.eval)):
@@ -681,7 +691,8 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:300]
-        refuse(f"cannot use {path} ({reason}): is it whole, and of a run with the same flags?")
+        hint = "is it whole, and of the same script, --arch, --stem and --image-size?"
+        refuse(f"cannot use {path} ({reason}): {hint}")
 
 
 def settings(args: Namespace) -> dict:
@@ -876,7 +887,7 @@ PARENT = os.getppid()
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
+    """Ends with one line on stderr; code 2: wrong use or a file of no use, 1: a failed run."""
     if LOCAL_RANK > 0:
         wait_for_torchrun()  # the first rank may have printed the same
     line = " ".join(f"{Path(__file__).name}: {message}".split())

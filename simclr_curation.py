@@ -14,7 +14,7 @@ in common.py.
 
 Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
-in common.py.
+in common.py. A new flag may have a row in PRESETS, and 0 as its value if it is in MAY_BE_0.
 
 Method. Two random views of the B images of a rank pass the backbone f and the projector g, the loss
 is NT-Xent(z1, z2). Random views of one image may share nothing, and those of two images may look
@@ -38,7 +38,7 @@ README): linear probe 45.6 % (sd .5) by batches, 39.2 % (sd .5) by pairs, K = 2,
 for plain SimCLR, 38.1 % untrained: differences, paired by seed, of -.2 (95 % interval -.6 to .2)
 and of -6.6 (-7.8 to -5.5). The more pairs are left out, the worse (README). In the last epoch 96 %
 of the candidates and 95 % of the trained pairs violated the objective with --curation batch, as
-random batches differ little, and 99.6 % and 99.2 % with pairs. Either takes 1.5 times as long.
+random batches differ little, and 99.6 % and 99.2 % with pairs. Either takes 1.4 times as long.
 """
 
 import argparse
@@ -71,12 +71,14 @@ from torchvision.utils import save_image
 # From common.py:
 # - load_data finds the images: data.pretrain and, where there are labels, data.train and data.val.
 #   In a folder without train/ and val/ a fixed tenth is val, the rest both pretrain and train.
-# - Batches(images, recipes, batch, seed=None, rank=0, world=1).stream(steps, device, workers=0)
-#   yields for a step the indices of this rank's images and a list of their views, one for each
-#   recipe: (batch / world, 3, size, size). They depend on the step's number, seed and batch alone.
-#   Each pass draws a new random order of images and cuts it into whole batches; the rest is left
-#   out. Without a seed, for evaluation: all images in their order, the last batch smaller, each as
-#   its centre square (7/8 of it for views above 96 px), resized.
+# - folder_of tells in which folder, if any.
+# - Batches(images, recipes, batch_size, seed=None, rank=0, world=1) has a method
+#   stream(steps, device, workers=0), which yields for a step the indices of this rank's images and
+#   a list of their views, one for each recipe: (batch_size / world, 3, size, size). They depend on
+#   the step's number, seed and batch alone. Each pass draws a new random order of images, cut into
+#   whole batches; the rest is left out. Without a seed, for evaluation: all images in their
+#   order, the last batch smaller, each as its centre square (7/8 of it for views above 96 px),
+#   resized.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
@@ -85,7 +87,18 @@ from torchvision.utils import save_image
 #   in a key says what the numbers are for.
 # - nt_xent normalises this rank's embeddings, gathers those of the other ranks with their gradient,
 #   and returns the mean loss of this rank's rows.
-from common import SIMCLR, Augment, Batches, Data, DataError, Images, generator, load_data, nt_xent
+from common import (
+    SIMCLR,
+    Augment,
+    Batches,
+    Data,
+    DataError,
+    Images,
+    folder_of,
+    generator,
+    load_data,
+    nt_xent,
+)
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as the two below
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the ranks of this machine
@@ -129,16 +142,15 @@ PRECISION = "fp32"
 if CUDA:
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # of GPU 0; emulated: slow
     PRECISION = "bf16" if bf16 else "fp16"
+WORKERS = min(8, os.cpu_count() or 1)
 flag("--temperature", type=float, help="of NT-Xent")
 flag("--curation", choices=("batch", "pairs", "off"), default="batch", help="off: plain SimCLR")
-flag(
-    "--curation-candidates", type=int, help="K: drawn for each batch or pair trained on; default: 2"
-)
+flag("--curation-candidates", type=int, help="K: drawn for each one trained on; default: 2")
 flag("--curation-start", type=float, default=0.1, help="share of the training that goes before")
 # The flags below are the same in all five scripts of this project.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
 flag("--root", default="data", help="folder of the named data sets")
-flag("--run-dir", help="folder for everything written; default: runs/SCRIPT_DATA_SEED")
+flag("--run-dir", help="folder of all that is written; default: runs/SCRIPT_DATA_SEED[_eval]")
 flag("--eval", help="a backbone.pt: no training, only its probe and neighbours.png")
 flag("--epochs", type=int, help="passes over the images")
 flag("--batch-size", type=int, help="images a step, of all ranks together")
@@ -152,7 +164,7 @@ flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3,
 flag("--image-size", type=int, help="side of a view in pixels")
 flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
 flag("--compile", action=ON_OFF, default=False, help="torch.compile the networks")
-flag("--workers", type=int, default=8, help="processes of each rank that decode image files")
+flag("--workers", type=int, default=WORKERS, help="processes of a rank that decode image files")
 flag("--seed", type=int, default=0, help="everything random follows from it")
 flag("--save-every", type=int, default=0, help="updates between checkpoints; 0: epochs' ends only")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
@@ -276,9 +288,11 @@ class Method(nn.Module):
         - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
           this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
           (more in common.py, above its losses);
-        - as common.py's losses do, cast to float32, and compute within
-          `torch.autocast(DEVICE.type, enabled=False)`;
-        - log the same keys on all ranks; change `chance_loss` in fit_method, a number for the log.
+        - as common.py's losses do, cast to float32 (float64 may stay, for tests), and compute
+          within `torch.autocast(DEVICE.type, enabled=False)`;
+        - log the same keys on all ranks, none of those that `train` and `log_progress` use; change
+          or remove `chance_loss` in fit_method, a number for the log;
+        - `std` is of the embeddings' directions: it can't see them shrink.
         """
         to_log = {}
         if step >= self.args.curation_step:
@@ -322,7 +336,7 @@ def given_flags() -> Namespace:
             refuse(f"{name} is empty")
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not 0 <= value < 2**31 or (value == 0 and key not in MAY_BE_0):
-                refuse(f"{name} {value} is out of range")
+                refuse(f"{name} {value} is out of range: above 0 (for some 0 too), below 2^31")
     return given
 
 
@@ -390,11 +404,12 @@ def configure() -> tuple[Namespace, Data]:
     fit_method(args, given)
     args.views = [str(recipe) for recipe in recipes(args)]  # for the log and for `resume`
 
-    folder = Path(args.data).resolve()  # for a named data set only a name
     if args.run_dir is None:
-        args.run_dir = f"runs/{Path(__file__).stem}_{folder.name}_{args.seed}"
+        name = Path(args.data).resolve().name  # as ./images/ and images are the same
+        args.run_dir = f"runs/{Path(__file__).stem}_{name}_{args.seed}"
         args.run_dir += "_eval" if args.eval else ""
-    if folder.is_dir() and Path(args.run_dir).resolve().is_relative_to(folder):
+    folder = folder_of(args.data, args.root)
+    if folder and Path(args.run_dir).resolve().is_relative_to(folder.resolve()):
         refuse(f"--run-dir {args.run_dir} lies in the image folder: its pictures would be images")
     return args, data
 
@@ -405,6 +420,9 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         refuse(f"--curation-start {args.curation_start} is greater than 1")
     if given.curation_candidates is None:
         args.curation_candidates = min(2, args.images // args.batch_size)
+        if args.curation != "off" and args.curation_candidates == 1 and RANK == 0:
+            found = f"{args.images} images are less than two batches"
+            print(f"no curation: {found}; for it lower --batch-size", file=sys.stderr, flush=True)
     if args.curation_candidates * args.batch_size > args.images:
         drawn = f"{args.curation_candidates} x batch {args.batch_size}"
         refuse(f"--curation-candidates: {drawn} exceeds the {args.images} images")
@@ -491,6 +509,9 @@ def main() -> None:
     log = Log(args)
     if data.train is None:
         log("warning", 0, text="the images have no labels: no linear probe")
+    else:
+        classes = int(data.train.labels.max()) + 1
+        log("data", 0, train=len(data.train), val=len(data.val), classes=classes)
     if args.eval:
         log("args", 0, **vars(args), device=str(DEVICE))
         with readable(Path(args.eval)):
@@ -735,7 +756,8 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:300]
-        refuse(f"cannot use {path} ({reason}): is it whole, and of a run with the same flags?")
+        hint = "is it whole, and of the same script, --arch, --stem and --image-size?"
+        refuse(f"cannot use {path} ({reason}): {hint}")
 
 
 def settings(args: Namespace) -> dict:
@@ -930,7 +952,7 @@ PARENT = os.getppid()
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:
-    """Ends with one line on stderr; code 2: wrong use, 1: a failure."""
+    """Ends with one line on stderr; code 2: wrong use or a file of no use, 1: a failed run."""
     if LOCAL_RANK > 0:
         wait_for_torchrun()  # the first rank may have printed the same
     line = " ".join(f"{Path(__file__).name}: {message}".split())

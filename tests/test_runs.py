@@ -18,6 +18,7 @@ from conftest import (
     SCRIPTS,
     SHORT,
     TORCHRUN,
+    configured,
     flags,
     inside,
     python,
@@ -101,6 +102,8 @@ def test_default_run(name, tmp_path, capfd, monkeypatch, on_cpu):
     args = check_run(tmp_path, name, 8, 32)
     assert args["preset"] == "shapes" and args["optimizer"] == "adamw"
     assert args["precision"] == "fp32" and args["batch_size"] == 32 and args["images"] == 256
+    (found,) = records(tmp_path, "data")
+    assert found == {"event": "data", "step": 0, "train": 256, "val": 64, "classes": 10}
     assert "train, step 8: epoch 1, loss " in done.out and "probe, step 8: top1 " in done.out
     # The README's lines, with the network that was trained.
     net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
@@ -193,13 +196,19 @@ def test_an_empty_word_is_refused(flag, images, tmp_path, capfd, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_inside_its_images_is_refused(images, tmp_path, capfd, monkeypatch):
+def test_a_run_inside_its_images_is_refused(machine, images, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(images)
     for data, run in ((images, images / "x"), (".", "runs/x"), (images, images)):
         words = [*flags("simclr_fusion"), "--data", data, "--run-dir", run]
         refused(inside(capfd, "simclr_fusion", *words), "--run-dir")
     refused(inside(capfd, "simclr_fusion", "--data", "."), "--run-dir")  # the default one
     assert {p.name for p in images.iterdir()} == {"train", "val"}
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images, tmp_path / "imagenet100")
+    words = ["--data", "imagenet100", "--root", tmp_path, "--run-dir", "imagenet100/train/x"]
+    refused(inside(capfd, "simclr_fusion", *flags("simclr_fusion"), *words), "--run-dir")
+    (tmp_path / "shapes").mkdir()  # as the first run has left it: no folder of images
+    configured(machine, "--data shapes --run-dir shapes/x")
 
 
 @pytest.mark.parametrize("kernel", [99999, 2**31 - 1])

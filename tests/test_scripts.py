@@ -347,10 +347,17 @@ def test_default_queue():
         assert script.configure()[0].queue_size == 32768
 
 
-def test_curation_fits_few_images():
+def test_curation_fits_few_images(capsys):
+    """And says so where nothing is left to choose from."""
     script = importlib.import_module("simclr_curation")
-    found = [configured(script, f"--batch-size {b}")[0].curation_candidates for b in (32, 33, 64)]
-    assert found == [2, 1, 1]
+    for words, fitted, said in (
+        ("--batch-size 32", 2, False),
+        ("--batch-size 33", 1, True),
+        ("--batch-size 64 --curation pairs", 1, True),
+        ("--batch-size 64 --curation off", 1, False),
+    ):
+        assert configured(script, words)[0].curation_candidates == fitted
+        assert ("no curation: 64 images" in capsys.readouterr().err) == said
 
 
 # ------------------------------------------------------------------------------- LARS, schedules
