@@ -6,15 +6,15 @@
     torchrun --nproc_per_node=8 barlow_dimcl.py --data imagenet     # ResNet-50, 8 GPUs
     python barlow_dimcl.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues from the last checkpoint. It refuses other settings of the
-training, and does not notice changed code: for both give a new --run-dir, the folder of
-checkpoint.pt, backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's
---arch, --stem and --image-size. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and
-losses are in common.py.
+The same command again continues from the last checkpoint. Changed settings of the training are
+refused, changed code is not noticed: for both give a new --run-dir, the folder of checkpoint.pt,
+backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's --arch, --stem
+and --image-size. --dimcl-weight 0 is plain Barlow Twins. Data, augmentation and losses are in
+common.py.
 
 Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
-in common.py. A new flag may have a row in PRESETS, and 0 as its value if it is in MAY_BE_0.
+in common.py. A flag of your own may have a row in PRESETS; if it may be 0, add it to MAY_BE_0.
 
 Method. z = g(f(x)) for both views gives Z1, Z2 (N, D). Barlow Twins drives their cross-correlation
 C (D, D) to the identity (arXiv 2103.03230). DimCL contrasts dimensions (arXiv 2309.11782): x_1 ...
@@ -844,7 +844,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A value may be missing at first: a method may log it from some step on only.
+        # A value may be missing at first, as those of curation.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     if not math.isfinite(values["loss"]):
@@ -897,7 +897,7 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 def wait_for_torchrun() -> None:
     """Ends this rank by torchrun's signal; returns if none comes, as no other rank has failed."""
-    if STOP:  # it has come already: in training `note_signal` keeps it
+    if STOP:  # it has come already, kept by `note_signal`: another rank was first, and has told
         sys.exit(128 + STOP[0])
     set_signals(signal.SIG_DFL)
     time.sleep(5)

@@ -291,7 +291,7 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
 
 
 def folder_of(name_or_path: str, root: str = "data") -> Path | None:
-    """The folder where load_data looks for class folders or images; None for the other names."""
+    """Where load_data looks for folders of images; None for names that stand for no folder."""
     if name_or_path in NAMED_FOLDERS:
         return Path(root, name_or_path)
     if name_or_path == "shapes" or name_or_path in ARCHIVES:
@@ -310,7 +310,8 @@ def _without_a_tenth(images: OnDisk) -> Data:
 # For images kept in another way, add a branch to load_data, beside that of `shapes`,
 #
 #     if name_or_path.endswith(".zip"):
-#         return _without_a_tenth(InZip(name_or_path, files, labels))
+#         images = InZip(name_or_path, np.array([b"cat/1.jpg", b"dog/1.jpg"]), np.array([0, 1]))
+#         return _without_a_tenth(images)
 #
 # (without labels `return Data(images, None, None)`; _hold(images) takes images of one size into
 # memory) and a subclass of OnDisk with a `decode` of its own:
@@ -1122,7 +1123,7 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 #         centre = gather(z).mean(0)  # of all rows
 #         return (z - centre).square().sum(1).mean()  # over this rank's rows, as nt_xent
 #
-# where the last line takes z itself, as the other ranks' losses know it by `centre` alone. To test
+# where the last line takes z itself: the other ranks' losses meet z by `centre` alone. To test
 # it: z_r.grad / W must be rank r's rows of the gradient of the whole loss. (Trained weights are no
 # measure. AdamW magnifies rounding in those without a gradient, and on CPUs each rank's batch norms
 # see its own images alone.)

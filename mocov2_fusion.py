@@ -6,17 +6,17 @@
     torchrun --nproc_per_node=8 mocov2_fusion.py --data imagenet     # ResNet-50, 8 GPUs
     python mocov2_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues from the last checkpoint. It refuses other settings of the
-training, and does not notice changed code: for both give a new --run-dir, the folder of
-checkpoint.pt, backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's
---arch, --stem and --image-size. --fusion-layers 0 is plain MoCo v2. Data, augmentation and losses
-are in common.py.
+The same command again continues from the last checkpoint. Changed settings of the training are
+refused, changed code is not noticed: for both give a new --run-dir, the folder of checkpoint.pt,
+backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's --arch, --stem
+and --image-size. --fusion-layers 0 is plain MoCo v2. Data, augmentation and losses are in
+common.py.
 
 Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
-in common.py. A new flag may have a row in PRESETS, and 0 as its value if it is in MAY_BE_0. For a
-copy without fusion remove FusionLayer, `fuse` (which `train` calls for its pictures), the third
-parameter group, and all that is named fusion.
+in common.py. A flag of your own may have a row in PRESETS; if it may be 0, add it to MAY_BE_0. For
+a copy without fusion remove FusionLayer, `fuse` (which `train` calls for its pictures), key_fusion,
+the third parameter group, and all that is named fusion.
 
 Method. View 1 gives queries q = g(f(fuse(x1))); view 2 gives keys k by the key encoder, a moving
 average of the query encoder with its fusion layer: theta_k <- m theta_k + (1 - m) theta_q.
@@ -309,7 +309,7 @@ class Method(nn.Module):
         By its weights for index 5 Conv could mark query 5 and key 5. Of the keys in the queue,
         which are of all indices, only one in B would have this mark: nearly all negatives could be
         told without a look at the images. Therefore the images of the keys are fused in a random
-        order: then key 5 has the mark of a random index.
+        order, and put back: so key 5 gets the mark of the index at which its image was meanwhile.
         """
         if self.args.fusion_layers == 0:
             return x1, x2
@@ -1020,7 +1020,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A value may be missing at first: a method may log it from some step on only.
+        # A value may be missing at first, as those of curation.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     if not math.isfinite(values["loss"]):
@@ -1073,7 +1073,7 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 def wait_for_torchrun() -> None:
     """Ends this rank by torchrun's signal; returns if none comes, as no other rank has failed."""
-    if STOP:  # it has come already: in training `note_signal` keeps it
+    if STOP:  # it has come already, kept by `note_signal`: another rank was first, and has told
         sys.exit(128 + STOP[0])
     set_signals(signal.SIG_DFL)
     time.sleep(5)

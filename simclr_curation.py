@@ -6,15 +6,14 @@
     torchrun --nproc_per_node=8 simclr_curation.py --data imagenet     # ResNet-50, 8 GPUs
     python simclr_curation.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues from the last checkpoint. It refuses other settings of the
-training, and does not notice changed code: for both give a new --run-dir, the folder of
-checkpoint.pt, backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's
---arch, --stem and --image-size. --curation off is plain SimCLR. Data, augmentation and losses are
-in common.py.
+The same command again continues from the last checkpoint. Changed settings of the training are
+refused, changed code is not noticed: for both give a new --run-dir, the folder of checkpoint.pt,
+backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's --arch, --stem
+and --image-size. --curation off is plain SimCLR. Data, augmentation and losses are in common.py.
 
 Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
-in common.py. A new flag may have a row in PRESETS, and 0 as its value if it is in MAY_BE_0.
+in common.py. A flag of your own may have a row in PRESETS; if it may be 0, add it to MAY_BE_0.
 
 Method. Two random views of the B images of a rank pass the backbone f and the projector g, the loss
 is NT-Xent(z1, z2). Random views of one image may share nothing, and those of two images may look
@@ -33,12 +32,16 @@ its own share.
 Stated by the paper (arXiv 2108.08643, abstract): batches that are more in line with the contrastive
 objective are selected during training. Criterion, granularity and start are our reading.
 
-Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-27 and 28, conditions in the
-README): linear probe 45.6 % (sd .5) by batches, 39.2 % (sd .5) by pairs, K = 2, and 45.8 % (sd .6)
-for plain SimCLR, 38.1 % untrained: differences, paired by seed, of -.2 (95 % interval -.6 to .2)
-and of -6.6 (-7.8 to -5.5). The more pairs are left out, the worse (README). In the last epoch 96 %
-of the candidates and 95 % of the trained pairs violated the objective with --curation batch, as
-random batches differ little, and 99.6 % and 99.2 % with pairs. Either takes 1.4 times as long.
+Measured (10,000 images of CIFAR-10, 8 epochs, K = 2, five seeds, 2026-11-27 and 28, conditions in
+the README): linear probe in %, and the difference to plain SimCLR, paired by seed,
+
+    plain SimCLR       45.8 (sd .6), untrained 38.1
+    --curation batch   45.6 (sd .5), -.2 (95 % interval -.6 to .2)
+    --curation pairs   39.2 (sd .5), -6.6 (-7.8 to -5.5)
+
+The more pairs are left out, the worse (README). In the last epoch 96 % of the candidates and 95 %
+of the trained pairs violated the objective with --curation batch, as random batches differ little,
+and 99.6 % and 99.2 % with pairs. Either takes 1.4 times as long as plain SimCLR.
 """
 
 import argparse
@@ -218,9 +221,9 @@ def build_projector(features: int, args: Namespace) -> nn.Module:
 def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
     """For each step the indices of this rank's images, and two views of each.
 
-    Before curation starts a step draws batch_size images of all ranks, then K times as many. The
-    second `Batches` is that of a run which draws as many from step 0 on, entered at curation_step.
-    Epochs count the images trained on: one then draws each image K times.
+    Before curation starts a step draws batch_size images of all ranks, then K times as many. What
+    `Batches` yields is a function of the step. So the second one starts at step curation_step, as
+    if it had always run. From then on an epoch, which counts the images trained on, is K passes.
     """
     first = args.curation_step
     parts = [
@@ -909,7 +912,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A value may be missing at first: a method may log it from some step on only.
+        # A value may be missing at first, as those of curation.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     if not math.isfinite(values["loss"]):
@@ -962,7 +965,7 @@ def refuse(message: str, code: int = 2) -> NoReturn:
 
 def wait_for_torchrun() -> None:
     """Ends this rank by torchrun's signal; returns if none comes, as no other rank has failed."""
-    if STOP:  # it has come already: in training `note_signal` keeps it
+    if STOP:  # it has come already, kept by `note_signal`: another rank was first, and has told
         sys.exit(128 + STOP[0])
     set_signals(signal.SIG_DFL)
     time.sleep(5)
