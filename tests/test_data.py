@@ -176,6 +176,9 @@ def test_in_memory_or_on_disk(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(common, "MEMORY_LIMIT", 40 * 3 * 24 * 24 - 1)
         assert isinstance(load_data(folder).pretrain, OnDisk)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "SIDE_LIMIT", 23)
+        assert isinstance(load_data(folder).pretrain, OnDisk)
     Image.new("RGB", (25, 24)).save(
         tmp_path / "class_0" / "17.jpg"
     )  # not among the 16 that are looked at first
@@ -597,6 +600,18 @@ def test_an_error_in_a_worker_is_one_line(mixed, workers, kind, monkeypatch):
     if kind is DataError:
         assert str(error.value) == "image 0 is not there"
     assert "image 0 is not there" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_shared_memory_is_told(mixed, monkeypatch):
+    """By the worker, which allocates it itself: the loader's thread would die in silence."""
+
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # in the worker, which is a fork
+    stream = Batches(load_data(str(mixed)).train, [SMALL], 8).stream([0], torch.device("cpu"), 1)
+    with pytest.raises(DataError, match="allocate shared memory.*--workers"):
+        next(stream)
 
 
 @pytest.mark.parametrize(
