@@ -454,7 +454,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         if stop:
             end_by_signal(stop, done, log)
     if RANK == 0:
-        save(backbone.state_dict(), run / "backbone.pt")
+        on_cpu = {key: value.cpu() for key, value in backbone.state_dict().items()}
+        save(on_cpu, run / "backbone.pt")  # to load where there is no GPU
 
 
 def main() -> None:
@@ -467,7 +468,7 @@ def main() -> None:
     if data.train is None:
         log("warning", 0, text="the images have no labels: no linear probe")
     else:
-        classes = int(data.train.labels.max()) + 1
+        classes = len(np.union1d(data.train.labels, data.val.labels))
         log("data", 0, train=len(data.train), val=len(data.val), classes=classes)
     if args.eval:
         log("args", 0, **vars(args), device=str(DEVICE))
@@ -496,8 +497,9 @@ def join_ranks() -> None:
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         store = torchrun_store()
+        backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # without it only the GPUs' since 2.6
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
-        dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=long)
 
 
 def torchrun_store() -> dist.Store:
@@ -713,7 +715,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:300]
-        hint = "is it whole, and of the same script, --arch, --stem and --image-size?"
+        hint = "is it the right file, whole, and of the same --arch, --stem and --image-size?"
         refuse(f"cannot use {path} ({reason}): {hint}")
 
 
@@ -825,7 +827,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
         best = sum(losses(rows).sum(0) for rows in held_out.split(4096)).argmin()
         top = [heads(part)[:, best].topk(min(5, classes)).indices for part in x_val.split(4096)]
     hits = torch.cat(top) == y_val[:, None]  # (N, 5)
-    top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
+    top1, top5 = hits[:, 0].double().mean(), hits.any(1).double().mean()
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
 
@@ -892,9 +894,10 @@ def log_progress(
 #     a full disk       rank 0        rank 0                          meet a RuntimeError, wait
 #     a broken folder   rank 3, say   rank 3, after it has waited     are ended by torchrun
 #
-# The RuntimeError comes from the next exchange with rank 0 (with gloo; not tried with NCCL), and is
-# waited for in the last lines of this file. Rank 3 waits in `refuse`, as it can't know that no
-# other rank has found the same.
+# The RuntimeError comes from the next exchange with rank 0, and is waited for in the last lines of
+# this file. (Not tried on GPUs. There a rank may wait for the dead one within CUDA, where Python
+# can't answer SIGTERM; torchrun kills it after 30 seconds.) Rank 3 waits in `refuse`, as it can't
+# know that no other rank has found the same.
 #
 # By a signal. Before and after training there is nothing to save, and signals do what they do by
 # default. In training a signal has to wait for the next update of the weights (and a probe before

@@ -221,8 +221,8 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 # A step is one batch, of all ranks; with --accumulate several make one update of the weights.
 # `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below derives:
 # preset (the name of the column), ranks, images (their number), checksum, epoch_steps, steps,
-# warmup_steps, peak_lr (lr scaled by the images of an update), fusion_batch (the images of a rank;
-# without fusion 0), final_momentum, chance_loss, views (recipes as texts).
+# warmup_steps, peak_lr (lr scaled by the images of an update), images_per_rank (without fusion 0),
+# final_momentum, chance_loss, views (recipes as texts).
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -285,7 +285,7 @@ class Method(nn.Module):
         self.backbone = backbone
         self.projector = ops.MLP(backbone.num_features, args.projector)  # Linear, ReLU, Linear
         self.fusion = FusionLayer(  # without layers: an empty module
-            args.fusion_batch, args.fusion_layers, args.fusion_patch, args.fusion_kernel
+            args.images_per_rank, args.fusion_layers, args.fusion_patch, args.fusion_kernel
         )
         self.key_backbone, self.key_projector, self.key_fusion = (
             copy.deepcopy(part).requires_grad_(False)
@@ -336,13 +336,15 @@ class Method(nn.Module):
     def update_key_encoder(self, step: int) -> None:
         """Only parameters are averaged: batch norms keep running averages of what they see."""
         weight = 1 - momentum(step, self.args)
+        keys, queries = [], []
         for key, query in (
             (self.key_backbone, self.backbone),
             (self.key_projector, self.projector),
             (self.key_fusion, self.fusion),
         ):
-            for p_key, p in zip(key.parameters(), query.parameters(), strict=True):
-                p_key.lerp_(p, weight)
+            keys += key.parameters()
+            queries += query.parameters()
+        torch._foreach_lerp_(keys, queries, weight)
 
     def contrast(self, x1: Tensor, x2: Tensor, step: int, queue: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the queries of x1 with the keys of x2, and the queries (B, d).
@@ -526,9 +528,9 @@ def fit_method(args: Namespace, given: Namespace) -> None:
     if args.fusion_kernel % 2 == 0:
         refuse(f"--fusion-kernel {args.fusion_kernel} is even: use an odd one, as 1 or 3")
     # The layer has weights for each index in the batch of a rank. So a run with fusion has to be
-    # continued on as many ranks as it began: `resume` compares fusion_batch. Without fusion any
-    # number will do that leaves the batch the same.
-    args.fusion_batch = args.batch_size // WORLD if args.fusion_layers > 0 else 0
+    # continued on as many ranks as it began: `resume` compares images_per_rank. Without fusion
+    # any number will do that leaves the batch the same.
+    args.images_per_rank = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
     if given.key_momentum is not None:
@@ -608,7 +610,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         if stop:
             end_by_signal(stop, done, log)
     if RANK == 0:
-        save(backbone.state_dict(), run / "backbone.pt")
+        on_cpu = {key: value.cpu() for key, value in backbone.state_dict().items()}
+        save(on_cpu, run / "backbone.pt")  # to load where there is no GPU
 
 
 def main() -> None:
@@ -621,7 +624,7 @@ def main() -> None:
     if data.train is None:
         log("warning", 0, text="the images have no labels: no linear probe")
     else:
-        classes = int(data.train.labels.max()) + 1
+        classes = len(np.union1d(data.train.labels, data.val.labels))
         log("data", 0, train=len(data.train), val=len(data.val), classes=classes)
     if args.eval:
         log("args", 0, **vars(args), device=str(DEVICE))
@@ -650,8 +653,9 @@ def join_ranks() -> None:
     if "RANK" in os.environ or WORLD > 1:
         threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
         store = torchrun_store()
+        backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # without it only the GPUs' since 2.6
         long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
-        dist.init_process_group(store=store, rank=RANK, world_size=WORLD, timeout=long)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=long)
 
 
 def torchrun_store() -> dist.Store:
@@ -867,7 +871,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:300]
-        hint = "is it whole, and of the same script, --arch, --stem and --image-size?"
+        hint = "is it the right file, whole, and of the same --arch, --stem and --image-size?"
         refuse(f"cannot use {path} ({reason}): {hint}")
 
 
@@ -979,7 +983,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
         best = sum(losses(rows).sum(0) for rows in held_out.split(4096)).argmin()
         top = [heads(part)[:, best].topk(min(5, classes)).indices for part in x_val.split(4096)]
     hits = torch.cat(top) == y_val[:, None]  # (N, 5)
-    top1, top5 = hits[:, 0].float().mean(), hits.any(1).float().mean()
+    top1, top5 = hits[:, 0].double().mean(), hits.any(1).double().mean()
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
 
@@ -1046,9 +1050,10 @@ def log_progress(
 #     a full disk       rank 0        rank 0                          meet a RuntimeError, wait
 #     a broken folder   rank 3, say   rank 3, after it has waited     are ended by torchrun
 #
-# The RuntimeError comes from the next exchange with rank 0 (with gloo; not tried with NCCL), and is
-# waited for in the last lines of this file. Rank 3 waits in `refuse`, as it can't know that no
-# other rank has found the same.
+# The RuntimeError comes from the next exchange with rank 0, and is waited for in the last lines of
+# this file. (Not tried on GPUs. There a rank may wait for the dead one within CUDA, where Python
+# can't answer SIGTERM; torchrun kills it after 30 seconds.) Rank 3 waits in `refuse`, as it can't
+# know that no other rank has found the same.
 #
 # By a signal. Before and after training there is nothing to save, and signals do what they do by
 # default. In training a signal has to wait for the next update of the weights (and a probe before

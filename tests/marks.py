@@ -80,7 +80,7 @@ def main() -> None:
             model = script.Method(script.build_backbone(args), args)
             for path, weight in model.named_parameters():
                 if layer == CONTROL and "fusion." in path:  # MoCo's key_fusion too
-                    weight.data[:, :, 1, 1] = 1 / args.fusion_batch
+                    weight.data[:, :, 1, 1] = 1 / args.images_per_rank
             optimizer = script.build_optimizer(script.parameter_groups(model, args), args)
             differences = []
             for step in range(options.steps):

@@ -56,6 +56,8 @@ def on_cpu(monkeypatch):
 def check_run(run: Path, name: str, steps: int, side: int) -> dict:
     """What a finished run has written; returns the record of its settings."""
     assert {p.name for p in run.iterdir()} == FILES
+    saved = torch.load(run / "backbone.pt", weights_only=True)  # also where there is no GPU
+    assert all(value.device.type == "cpu" for value in saved.values())
     # Eight rows of views, with fusion also fused; of a query and its eight nearest images.
     columns = 4 if "fusion" in name else 2
     for picture, width, pixels in (("views", columns, side), ("neighbours", 9, 96)):
@@ -324,6 +326,15 @@ def test_few_images(tmp_path, capfd):
     words = [*flags("simclr_fusion"), "--data", pictures, "--run-dir", tmp_path / "run"]
     done = inside(capfd, "simclr_fusion", *words, "--batch-size", 4)
     assert done.code == 0 and len(records(tmp_path / "run", "probe")) == 1, done.err
+
+
+def test_a_class_of_which_training_has_nothing_counts(tmp_path, capfd):
+    for name, count in (("a", 2), ("b", 1)):  # the tenth held out is b's only image
+        shutil.move(write_images(tmp_path / name, 1, count) / "class_0", tmp_path / "data" / name)
+    words = [*flags("simclr_fusion"), "--data", tmp_path / "data", "--run-dir", tmp_path / "run"]
+    assert inside(capfd, "simclr_fusion", *words, "--batch-size", 2).code == 0
+    (found,) = records(tmp_path / "run", "data")
+    assert (found["train"], found["val"], found["classes"]) == (2, 1, 2)
 
 
 def test_probes_during_training_and_tensorboard(images, tmp_path, capfd):

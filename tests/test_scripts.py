@@ -15,6 +15,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -248,6 +249,21 @@ def test_more_ranks_than_gpus_is_one_line(machine, monkeypatch, capsys):
     assert end.value.code == 1 and "no cuda:99" in capsys.readouterr().err
 
 
+def test_ranks_on_gpus_can_exchange_tensors_of_both_devices(machine, monkeypatch):
+    """Since torch 2.6 init_process_group() without a backend serves the GPUs' tensors alone."""
+    monkeypatch.setattr(machine, "CUDA", True)
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda:0"))
+    monkeypatch.setattr(machine, "end_with_torchrun", lambda: None)
+    monkeypatch.setattr(machine, "torchrun_store", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setenv("RANK", "0")
+    with mock.patch.object(torch.distributed, "init_process_group") as joined:
+        machine.join_ranks()
+    found = torch.distributed.distributed_c10d.BackendConfig(joined.call_args.args[0])
+    assert found.device_backend_map == {"cpu": "gloo", "cuda": "nccl"}
+
+
 def test_named_data_get_their_column(script, monkeypatch):
     names = {"shapes": "shapes", "stl10": "stl10", "imagenet100": "imagenet100"}
     names |= {"imagenet": "imagenet", "cifar10": "cifar10", "cifar100": "cifar10"}
@@ -355,6 +371,7 @@ def test_curation_fits_few_images(capsys):
         ("--batch-size 33", 1, True),
         ("--batch-size 64 --curation pairs", 1, True),
         ("--batch-size 64 --curation off", 1, False),
+        ("--batch-size 64 --curation off --curation-candidates 5", 5, False),
     ):
         assert configured(script, words)[0].curation_candidates == fitted
         assert ("no curation: 64 images" in capsys.readouterr().err) == said
@@ -1024,7 +1041,13 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(machine, tmp_path, cap
     kinds |= {"foreign": {"state_dict": {}, "epoch": 3}, "list": [1, 2], "a": torch.ones(3)}
     kinds |= {f"no {key}": {k: v for k, v in good.items() if k != key} for key in good}
     kinds |= {f"{step!r}": good | {"step": step} for step in ("5", 0, -1, 9, 10**6, None, 2.5)}
-    changes = {"lr": 0.5, "checksum": 1, "images": 63, "fusion_batch": 8, "preset": "cifar10"}
+    changes = {
+        "lr": 0.5,
+        "checksum": 1,
+        "images": 63,
+        "images_per_rank": 8,
+        "preset": "cifar10",
+    }
     for key, value in changes.items():
         kinds[f"{key} was {value}"] = good | {"settings": good["settings"] | {key: value}}
     less = {key: value for key, value in good["settings"].items() if key != "seed"}
