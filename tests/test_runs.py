@@ -248,7 +248,7 @@ def test_batch_that_does_not_divide_by_the_ranks(images, tmp_path, capfd, monkey
 
     store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter([(store, 0, 3)]))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     run = tmp_path / "run"
     words = [*flags("simclr_fusion"), "--data", images, "--run-dir", run]
     refused(inside(capfd, "simclr_fusion", *words), "--batch-size 16", "3 ranks")
