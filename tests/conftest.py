@@ -21,6 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real photographs, where this checkout has them
 sys.path.insert(0, str(ROOT))
+torch.backends.cudnn.allow_tf32 = False  # GPUs would round what tests compare to 1e-5
 torch.set_num_threads(1)  # beside runs in the background two would spin, waiting for each other
 # As nohup and a shell's & ignore them, and children inherit that, the tests could not send them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

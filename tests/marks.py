@@ -15,6 +15,7 @@ adds the whole mean of the batch to each image. On 2026-11-28 (+-: two standard 
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 from unittest import mock
@@ -73,9 +74,13 @@ def main() -> None:
         (simclr_fusion, simclr, f"--batch-size {B}"),  # of a rank
         (mocov2_fusion, moco, f"--batch-size {WORLD * B} --queue-size 512"),
     ):
+        script.DEVICE = torch.device("cpu")
         for layer in LAYERS:
             flags = f"{FLAGS} {sizes} --data {options.data} {layer}"
-            with mock.patch.object(sys, "argv", ["", *flags.split()]):
+            with (
+                mock.patch.object(sys, "argv", ["", *flags.split()]),
+                mock.patch.object(script, "parser", copy.deepcopy(script.parser)),
+            ):
                 args, data = script.configure()
             model = script.Method(script.build_backbone(args), args)
             for path, weight in model.named_parameters():

@@ -11,7 +11,7 @@ import marks
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import configured
+from conftest import configured, process_state, write_images
 from torch import nn
 
 from common import generator
@@ -42,8 +42,8 @@ def final_loss(extra: str, steps: int) -> float:
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    script = importlib.import_module("simclr_fusion")
-    monkeypatch.setattr(script, "DEVICE", torch.device("cpu"))
+    for name in ("simclr_fusion", "mocov2_fusion"):
+        monkeypatch.setattr(importlib.import_module(name), "DEVICE", torch.device("cpu"))
 
 
 def test_with_the_permutation_noise_stays_at_chance():
@@ -53,6 +53,17 @@ def test_with_the_permutation_noise_stays_at_chance():
 def test_without_it_the_loss_falls():
     """The control: the test above can fail. What is left at a temperature of .5 is 2.3."""
     assert final_loss("--no-fusion-shuffle", 120) < 3
+
+
+def test_marks_runs_to_its_end(tmp_path, monkeypatch, capsys):
+    """One configuration after another, in one process."""
+    data = write_images(tmp_path, 2, 300)
+    monkeypatch.setattr(marks, "LAYERS", ("--fusion-layers 0", marks.CONTROL))
+    monkeypatch.setattr("sys.argv", ["marks.py", "--data", str(data), "--steps", "4"])
+    with process_state():
+        marks.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["simclr"] * 2 + ["moco"] * 2
 
 
 def test_marks_compares_with_the_keys_of_the_batch_before():

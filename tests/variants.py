@@ -147,7 +147,8 @@ def new_views(script) -> None:
     def curate(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, dict]:
         margin, drawn = candidates(script, self, x1, x2, self.args.curation_candidates)
         best = margin.min(0)
-        rows = best.indices * len(best.indices) + torch.arange(len(best.indices))
+        image = torch.arange(len(best.indices), device=x1.device)
+        rows = best.indices * len(image) + image
         return rows, shares(drawn, best.values)
 
     script.view_stream = view_stream
