@@ -202,7 +202,8 @@ def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
 
 def target_momentum(step: int, args: Namespace) -> float:
     """At step 0, 1, ... steps - 1 (batches, not updates): a cosine from --target-momentum to 1."""
-    return 1 - (1 - args.target_momentum) * (1 + math.cos(math.pi * step / args.steps)) / 2
+    # Without warm-up `schedule` falls from 1 to 0 along a cosine.
+    return 1 - (1 - args.target_momentum) * schedule(step, args.steps)
 
 
 def mlp(inputs: int, widths: list[int], args: Namespace) -> nn.Module:

@@ -272,8 +272,9 @@ class FusionLayer(nn.Module):
 
 def momentum(step: int, args: Namespace) -> float:
     """m of the key encoder at step 0, 1, ...: a cosine from key_momentum to final_momentum."""
-    remaining = (1 + math.cos(math.pi * step / args.steps)) / 2  # of the way: from 1 to 0
-    return args.final_momentum - (args.final_momentum - args.key_momentum) * remaining
+    rise = args.final_momentum - args.key_momentum
+    # Without warm-up `schedule` falls from 1 to 0 along a cosine.
+    return args.final_momentum - rise * schedule(step, args.steps)
 
 
 class Method(nn.Module):
