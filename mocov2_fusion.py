@@ -288,10 +288,9 @@ class Method(nn.Module):
         self.fusion = FusionLayer(  # without layers: an empty module
             args.images_per_rank, args.fusion_layers, args.fusion_patch, args.fusion_kernel
         )
-        self.key_backbone, self.key_projector, self.key_fusion = (
-            copy.deepcopy(part).requires_grad_(False)
-            for part in (self.backbone, self.projector, self.fusion)
-        )
+        self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.key_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.key_fusion = copy.deepcopy(self.fusion).requires_grad_(False)
         # In MoCo these are buffers. But DistributedDataParallel sends buffers from rank 0 to the
         # others in every step, 34 to 134 MB for nothing, as all ranks compute the same queue.
         self.queues = nn.ParameterList()  # one for each view that gives queries: see `forward`
@@ -336,16 +335,11 @@ class Method(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self, step: int) -> None:
         """Only parameters are averaged: batch norms keep running averages of what they see."""
-        weight = 1 - momentum(step, self.args)
-        keys, queries = [], []
-        for key, query in (
-            (self.key_backbone, self.backbone),
-            (self.key_projector, self.projector),
-            (self.key_fusion, self.fusion),
-        ):
-            keys += key.parameters()
-            queries += query.parameters()
-        torch._foreach_lerp_(keys, queries, weight)
+        named = dict(self.named_parameters())
+        names = [name for name in named if f"key_{name}" in named]  # what has a copy
+        keys = [named[f"key_{name}"] for name in names]
+        queries = [named[name] for name in names]
+        torch._foreach_lerp_(keys, queries, 1 - momentum(step, self.args))
 
     def contrast(self, x1: Tensor, x2: Tensor, step: int, queue: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the queries of x1 with the keys of x2, and the queries (B, d).
@@ -534,8 +528,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
     args.images_per_rank = args.batch_size // WORLD if args.fusion_layers > 0 else 0
     if args.key_momentum > 1:
         refuse(f"--key-momentum {args.key_momentum} is greater than 1")
-    if given.key_momentum is not None:
-        args.final_momentum = max(args.final_momentum, args.key_momentum)
+    args.final_momentum = max(args.final_momentum, args.key_momentum)
     if given.queue_size is None:
         # At most two thirds of the images: the longer the queue, the more queries meet a key of
         # their own image among the negatives.
