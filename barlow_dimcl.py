@@ -113,26 +113,25 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 # = 1 and 1/16 of the true gradient, as the code does not gather gradients from its 16 GPUs. For the
 # same steps with s = .1 and the true gradient: .0048 / 16 / .1 = .003, .015 of the weights' .2.
 # fmt: off
-DATA_SETS =             ("shapes",   "cifar10",  "stl10",    "imagenet100", "imagenet")
+DATA_SETS =             ("shapes",   "cifar10",   "stl10",     "imagenet100", "imagenet")
 PRESETS = {
-    "epochs":            (8,          1000,       200,        400,           1000),
-    "batch_size":        (64,         256,        256,        256,           2048),
-    "lr":                (0.003,      0.3,        0.3,        0.3,           0.2),
-    "weight_decay":      (1e-4,       1e-4,       1e-4,       1e-4,          1e-6),
-    "optimizer":         ("adamw",    "larc",     "larc",     "larc",        "lars"),
-    "warmup_epochs":     (0.8,        10,         10,         10,            10),
-    "arch":              ("resnet10", "resnet18", "resnet18", "resnet18",    "resnet50"),
-    "stem":              ("imagenet", "small",    None,       None,          None),
-    "barlow_scale":      (0.1,        0.1,        0.1,        0.05,          0.1),
+    "epochs":            (8,          1000,        200,         400,           1000),
+    "batch_size":        (64,         256,         256,         256,           2048),
+    "lr":                (0.003,      0.3,         0.3,         0.3,           0.2),
+    "weight_decay":      (1e-4,       1e-4,        1e-4,        1e-4,          1e-6),
+    "optimizer":         ("adamw",    "larc",      "larc",      "larc",        "lars"),
+    "warmup_epochs":     (0.8,        10,          10,          10,            10),
+    "arch":              ("resnet10", "resnet18",  "resnet18",  "resnet18",    "resnet50"),
+    "stem":              ("imagenet", "small",     None,        None,          None),
+    "barlow_scale":      (0.1,        0.1,         0.1,         0.05,          0.1),
     # The rows below have no flag: change them here.
-    "bias_rate":         (1.0,        1.0,        1.0,        1.0,           0.015),
-    "zero_init_residual": (False,     False,      False,      False,         True),
+    "bias_rate":         (1.0,        1.0,         1.0,         1.0,           0.015),
+    "zero_init_residual": (False,     False,       False,       False,         True),
     # Widths of the projector's layers, and whether they have biases.
-    "projector":         ([512] * 3,  [2048] * 3, [2048] * 3, [2048] * 3,    [8192] * 3),
-    "projector_bias":    (True,       True,       True,       True,          False),
-    # Smallest crop as a share of the image's area. Probability of blur, of view 1 and of view 2.
-    "smallest_crop":     (0.4,        0.08,       0.08,       0.08,          0.08),
-    "blur":              ([0, 0],     [0, 0],     [0, 0],     [1, 0.1],      [1, 0.1]),
+    "projector":         ([512] * 3,  [2048] * 3,  [2048] * 3,  [2048] * 3,    [8192] * 3),
+    "projector_bias":    (True,       True,        True,        True,          False),
+    "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.08),  # of the area
+    "blur":              (0.0,        0.0,         0.0,         1.0,           1.0),  # of view 1
 }
 # fmt: on
 
@@ -194,9 +193,10 @@ def recipes(args: Namespace) -> list[Augment]:
     calls, and `save_views` with its call in `train`.
     """
     crop = (args.smallest_crop, 1.0)
+    # BYOL_VIEWS blur view 1 always (with probability 1), view 2 a tenth as often.
     return [
-        replace(view, size=args.image_size, scale=crop, blur=blur)
-        for view, blur in zip(BYOL_VIEWS, args.blur, strict=True)
+        replace(view, size=args.image_size, scale=crop, blur=args.blur * view.blur)
+        for view in BYOL_VIEWS
     ]
 
 
@@ -213,9 +213,9 @@ class Method(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = backbone
-        features, bias = backbone.num_features, args.projector_bias
-        # Norm and ReLU after all layers but the last.
-        self.projector = ops.MLP(features, args.projector, nn.BatchNorm1d, bias=bias)
+        self.projector = ops.MLP(  # norm and ReLU after all layers but the last
+            backbone.num_features, args.projector, nn.BatchNorm1d, bias=args.projector_bias
+        )
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views (B, 3, H, W) -> loss, 0-dim tensors to log, embeddings (B, d) for `std`.

@@ -125,9 +125,8 @@ PRESETS = {
     "projector":         ([512, 128], [4096, 256], [4096, 256], [4096, 256],   [4096, 256]),
     "predictor":         ([512, 128], [4096, 256], [4096, 256], [8192, 256],   [4096, 256]),
     "last_bias":         (True,       True,        True,        True,          False),
-    # Smallest crop as a share of the image's area. Probability of blur, of view 1 and of view 2.
-    "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.08),
-    "blur":              ([0, 0],     [0, 0],      [0, 0],      [1, 0.1],      [1, 0.1]),
+    "smallest_crop":     (0.4,        0.08,        0.08,        0.08,          0.08),  # of the area
+    "blur":              (0.0,        0.0,         0.0,         1.0,           1.0),  # of view 1
 }
 # fmt: on
 
@@ -188,9 +187,10 @@ def recipes(args: Namespace) -> list[Augment]:
     calls, and `save_views` with its call in `train`.
     """
     crop = (args.smallest_crop, 1.0)
+    # BYOL_VIEWS blur view 1 always (with probability 1), view 2 a tenth as often.
     return [
-        replace(view, size=args.image_size, scale=crop, blur=blur)
-        for view, blur in zip(BYOL_VIEWS, args.blur, strict=True)
+        replace(view, size=args.image_size, scale=crop, blur=args.blur * view.blur)
+        for view in BYOL_VIEWS
     ]
 
 
