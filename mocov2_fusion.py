@@ -387,16 +387,15 @@ class Method(nn.Module):
 def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     """Three groups: weights; biases and norms (of one dimension); the fusion layer.
 
-    LARS adapts only weights. As in MoCo, biases and norms decay too. After a change here begin a
-    new run: `resume` loads peak, decay and adapt with the optimizer's state.
+    LARS adapts only weights; as in MoCo, biases and norms decay too. `peak` is a group's highest
+    rate. After a change here begin a new run: `resume` loads peak, decay and adapt with the
+    optimizer's state.
 
-    `peak` is a group's highest rate. That of the fusion layer lies far below the backbone's: each
-    number of a fused image is a sum over B k^2 weights, and at the backbone's rate the layer soon
-    drowns each image in the others.
-
-    How far the layer has moved from the identity is logged as fusion_norm, the norm of all Conv.
-    For scale: a Conv that returned its input (B weights of 1, all others 0) would have sqrt(B), or
-    16 for 256 images. In the runs of the table in the README it ended at .17 to .20.
+    The peak of the fusion layer lies far below the backbone's: each number of a fused image is a
+    sum over B k^2 weights, and at the backbone's rate the layer soon drowns each image in the
+    others. How far the layer has moved from the identity is logged as fusion_norm, the norm of all
+    Conv. For scale: a Conv that returned its input (B weights of 1, all others 0) would have
+    sqrt(B), or 16 for 256 images. In the runs of the table in the README it ended at .17 to .20.
     """
     weights, others, fusion = [], [], []
     for path, p in model.named_parameters():

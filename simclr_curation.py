@@ -225,12 +225,9 @@ def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
     `Batches` yields is a function of the step. So the second one starts at step curation_step, as
     if it had always run. From then on an epoch, which counts the images trained on, is K passes.
     """
-    first = args.curation_step
-    parts = [
-        (1, range(steps.start, min(first, steps.stop))),
-        (args.curation_candidates, range(max(first, steps.start), steps.stop)),
-    ]
-    for candidates, part in parts:
+    before = range(steps.start, min(steps.stop, args.curation_step))
+    curated = range(max(steps.start, args.curation_step), steps.stop)
+    for part, candidates in ((before, 1), (curated, args.curation_candidates)):
         drawn = candidates * args.batch_size
         batches = Batches(data.pretrain, recipes(args), drawn, args.seed, RANK, WORLD)
         yield from batches.stream(part, DEVICE, args.workers)
@@ -238,8 +235,8 @@ def view_stream(steps: range, data: Data, args: Namespace) -> Iterator:
 
 def violation(z1: Tensor, z2: Tensor) -> Tensor:
     """z1, z2 (G, n, D), G groups of n pairs -> d+ - d- (G, n), d- in the group; > 0: violation."""
-    z1, z2 = F.normalize(z1.float(), dim=2), F.normalize(z2.float(), dim=2)
-    z = torch.cat([z1, z2], 1)
+    z = F.normalize(torch.cat([z1, z2], 1).float(), dim=2)
+    z1, z2 = z.chunk(2, 1)
     same_image = torch.eye(z1.shape[1], dtype=torch.bool, device=z.device).repeat(2, 2)
     with torch.autocast(z.device.type, enabled=False):  # it would round cosines
         nearest = (z @ z.mT).masked_fill(same_image, -1).amax(2)  # (G, 2n)
@@ -272,13 +269,14 @@ class Method(nn.Module):
         # torch would use them in the forward that trains.
         torch.clear_autocast_cache()
         margin = violation(z1.unflatten(0, (groups, -1)), z2.unflatten(0, (groups, -1)))
-        shares = (margin > 0).float().mean(1)  # (G,)
+        violates = (margin > 0).float()  # (G, n)
+        shares = violates.mean(1)
         if self.args.curation == "pairs":
             rows = margin[0].topk(size, largest=False).indices
         else:
             rows = shares.argmin() * size + torch.arange(size, device=x1.device)
-        kept = (margin.flatten()[rows] > 0).float().mean()
-        return rows, {"violations_drawn": shares.mean(), "violations_trained": kept}
+        trained = violates.flatten()[rows].mean()
+        return rows, {"violations_drawn": shares.mean(), "violations_trained": trained}
 
     def forward(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, dict, Tensor]:
         """Views -> loss, 0-dim tensors to log, embeddings (B, d) for `std`.
@@ -311,9 +309,8 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
     `peak` is a group's highest rate. After a change here begin a new run: `resume` loads peak,
     decay and adapt with the optimizer's state.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights = [p for p in trained if p.ndim > 1]
-    others = [p for p in trained if p.ndim <= 1]
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
     return [
         {"params": weights, "peak": args.peak_lr, "decay": args.weight_decay, "adapt": True},
         {"params": others, "peak": args.peak_lr, "decay": 0.0, "adapt": False},
@@ -421,17 +418,18 @@ def fit_method(args: Namespace, given: Namespace) -> None:
     """Fits to the data what is not given on the command line; refuses what cannot be."""
     if args.curation_start > 1:
         refuse(f"--curation-start {args.curation_start} is greater than 1")
+    batches = args.images // args.batch_size
     if given.curation_candidates is None:
-        args.curation_candidates = min(2, args.images // args.batch_size)
-        if args.curation != "off" and args.curation_candidates == 1 and RANK == 0:
+        args.curation_candidates = min(2, batches)
+        if args.curation != "off" and batches == 1 and RANK == 0:
             found = f"{args.images} images are less than two batches"
             print(f"no curation: {found}; for it lower --batch-size", file=sys.stderr, flush=True)
     args.curation_step = round(args.curation_start * args.steps)
     if args.curation == "off" or args.curation_candidates == 1:
         args.curation_step = args.steps  # never
-    elif args.curation_candidates * args.batch_size > args.images:
-        drawn = f"{args.curation_candidates} x batch {args.batch_size}"
-        refuse(f"--curation-candidates: {drawn} exceeds the {args.images} images")
+    elif args.curation_candidates > batches:
+        found = f"{args.images} images are {batches} batches of {args.batch_size}"
+        refuse(f"--curation-candidates {args.curation_candidates} is too many: {found}")
     args.chance_loss = math.log(2 * args.batch_size - 1)  # without information; for the log alone
 
 
