@@ -146,7 +146,7 @@ if CUDA:
 WORKERS = min(8, os.cpu_count() or 1)
 flag("--redundancy-weight", type=float, default=0.0051, help="lambda of Barlow Twins")
 flag("--barlow-scale", type=float, help="s, the factor of Barlow's loss")
-flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL; 0: plain Barlow Twins")
+flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL, 0 to 1; 0: plain Barlow Twins")
 flag("--dimcl-temperature", type=float, default=0.1, help="of DimCL's NT-Xent")
 # The flags below are the same in all five scripts of this project.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
@@ -234,12 +234,11 @@ class Method(nn.Module):
         """
         # Each view by itself, as published: batch norm sees one view's statistics at a time.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
-        args = self.args
-        barlow = args.barlow_scale * barlow_twins(z1, z2, args.redundancy_weight)
-        w = args.dimcl_weight
+        barlow = self.args.barlow_scale * barlow_twins(z1, z2, self.args.redundancy_weight)
+        w = self.args.dimcl_weight
         if w == 0:
             return barlow, {}, z1
-        contrast = dimcl(z1, z2, args.dimcl_temperature)
+        contrast = dimcl(z1, z2, self.args.dimcl_temperature)
         return w * contrast + (1 - w) * barlow, {"barlow": barlow, "dimcl": contrast}, z1
 
 

@@ -140,7 +140,7 @@ if CUDA:
     PRECISION = "bf16" if bf16 else "fp16"
 WORKERS = min(8, os.cpu_count() or 1)
 flag("--target-momentum", type=float, help="of the target network at the start, from 0 to 1")
-flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL, from 0 to 1; 0: plain BYOL")
+flag("--dimcl-weight", type=float, default=0.1, help="w of DimCL, 0 to 1; 0: plain BYOL")
 flag("--dimcl-temperature", type=float, default=0.1, help="of DimCL's NT-Xent")
 # The flags below are the same in all five scripts of this project.
 flag("--data", default="shapes", help="shapes, cifar10|100, stl10, imagenet, imagenet100, a folder")
@@ -256,7 +256,7 @@ class Method(nn.Module):
         """
         if step % self.args.accumulate == 0:  # the first after an update
             self.update_target(step)
-        # Each view by itself: batch norm must not see the statistics of both, as in the paper.
+        # Each view by itself, as published: batch norm sees one view's statistics at a time.
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
         with torch.no_grad():
             target1, target2 = self.target(x1), self.target(x2)
@@ -382,12 +382,13 @@ def configure() -> tuple[Namespace, Data]:
 
 def fit_method(args: Namespace, given: Namespace) -> None:
     """Refuses what this method cannot do; others also fit what is not given."""
-    for key in ("dimcl_weight", "target_momentum"):
-        if getattr(args, key) > 1:
-            refuse(f"--{key.replace('_', '-')} {getattr(args, key)} is greater than 1")
-    w, columns = args.dimcl_weight, 2 * args.projector[-1]
-    # Without information a cosine is 0, in both directions; for the log alone.
-    args.chance_loss = w * math.log(columns - 1) + (1 - w) * 2 * 2
+    if args.dimcl_weight > 1:
+        refuse(f"--dimcl-weight {args.dimcl_weight} is greater than 1")
+    if args.target_momentum > 1:
+        refuse(f"--target-momentum {args.target_momentum} is greater than 1")
+    w, dim = args.dimcl_weight, args.projector[-1]
+    # Without information cosines are 0, in both directions; for the log alone.
+    args.chance_loss = w * math.log(2 * dim - 1) + (1 - w) * 4
 
 
 # ------------------------------------------------------------------------------------- training
