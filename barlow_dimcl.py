@@ -25,9 +25,9 @@ i of Z2 are a pair, i and i'; NT-Xent pulls them together, and all others apart:
     loss = w dimcl + (1 - w) s (sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2)
 
 with t = .1, w = .1, s = .1. Stated by the paper: the contrast along the dimension, t and w; s is
-from its code; with s = 1 Barlow's gradient is so much larger that DimCL has no effect. The paper
-applies batch norm and then L2 normalisation to each column; as L2 cancels the scale, centring is
-enough. Our reading: under several ranks the statistics and gradients of both losses are those of
+from its code; with s = 1 Barlow's gradient is so much larger that DimCL has hardly any effect. The
+paper applies batch norm and then L2 normalisation to each column; as L2 cancels the scale, centring
+is enough. Our reading: under several ranks the statistics and gradients of both losses are those of
 the whole batch.
 
 Measured (10,000 images of CIFAR-10, 8 epochs, five seeds, 2026-11-27 and 28, conditions in the
@@ -110,8 +110,9 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 #
 # bias_rate: with lars and larc, the rate of biases and norms as a share of that of weights. They
 # move by rate x gradient, so it belongs to one barlow_scale. Published for ImageNet is .0048 with s
-# = 1 and 1/16 of the true gradient, as the code does not gather gradients from its 16 GPUs. For the
-# same steps with s = .1 and the true gradient: .0048 / 16 / .1 = .003, .015 of the weights' .2.
+# = 1 and 1/16 of the true gradient, as the code does not gather gradients from its 16 GPUs (so its
+# README; the paper says 32). For the same steps with s = .1 and the true gradient: .0048 / 16 / .1
+# = .003, .015 of the weights' .2.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar10",   "stl10",     "imagenet100", "imagenet")
 PRESETS = {

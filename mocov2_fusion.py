@@ -20,13 +20,14 @@ the third parameter group, and all that is named fusion.
 
 Method. View 1 gives queries q = g(f(fuse(x1))); view 2 gives keys k by the key encoder, a moving
 average of the query encoder with its fusion layer: theta_k <- m theta_k + (1 - m) theta_q.
-Negatives are the keys of earlier batches, in a queue of K (MoCo, arXiv 1911.05722; v2, arXiv
-2003.04297):
+Negatives are the keys k_1 ... k_K of earlier batches, in a queue. All are normalised (MoCo, arXiv
+1911.05722; v2, arXiv 2003.04297):
 
-    loss = -log( e^(q.k / t) / (e^(q.k / t) + sum over the queue of e^(q.queue / t)) )
+    loss = -log( e^(q.k / t) / (e^(q.k / t) + sum_j e^(q.k_j / t)) )
 
 The queue starts with random directions, which are easy to tell from keys: the loss first rises,
-while real keys replace them.
+while real keys replace them. All presets but `shapes` and `imagenet` are solo-learn's MoCo v2+: m
+rises, and the loss is the mean of this and of the same with the views exchanged (`symmetric`).
 
 The fusion layer reads the batch as a single sample whose channels are the B images of a rank:
 
