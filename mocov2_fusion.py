@@ -300,10 +300,6 @@ class Method(nn.Module):
             queue = F.normalize(torch.randn(args.queue_size, args.projector[-1], generator=random))
             self.queues.append(nn.Parameter(queue, requires_grad=False))  # (K, d)
 
-    def random_order(self, count: int, *purpose: int | str) -> Tensor:
-        order = torch.randperm(count, generator=generator(self.args.seed, *purpose))
-        return order.to(DEVICE, non_blocking=True)
-
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Fused images for the queries and for the keys.
 
@@ -316,8 +312,9 @@ class Method(nn.Module):
             return x1, x2
         if not self.args.fusion_shuffle:
             return self.fusion(x1), self.key_fusion(x2)
-        order = self.random_order(len(x2), "fusion", step, RANK)
-        return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]
+        random = generator(self.args.seed, "fusion", step, RANK)
+        order = torch.randperm(len(x2), generator=random).to(x2.device, non_blocking=True)
+        return self.fusion(x1), self.key_fusion(x2[order])[order.argsort()]  # and back
 
     @torch.no_grad()
     def keys(self, x: Tensor, step: int) -> Tensor:
@@ -328,7 +325,8 @@ class Method(nn.Module):
         both, whose statistics could mark them. On a single rank this mark remains.
         """
         everyone = gather(x)
-        order = self.random_order(len(everyone), "keys", step)
+        random = generator(self.args.seed, "keys", step)
+        order = torch.randperm(len(everyone), generator=random).to(x.device, non_blocking=True)
         mine = everyone[order.chunk(WORLD)[RANK]]
         k = F.normalize(self.key_projector(self.key_backbone(mine)).float())
         return gather(k)[order.argsort()]
