@@ -630,7 +630,7 @@ def torchvision_network(args: Namespace) -> nn.Module:
 class LARS(torch.optim.SGD):
     """SGD with momentum .9 on r * (g + wd * w) instead of g, with one r for each tensor w:
 
-    lars: r = .001 |w| / |g + wd w|                      the code of BYOL and Barlow Twins
+    lars: r = .001 |w| / |g + wd w|                      the code of SimCLR, BYOL, Barlow Twins
     larc: r = min(.02 |w| / (|g| + wd |w|) / lr, 1)      solo-learn
 
     r = 1 where w or g is 0 and in groups that do not adapt. There are more formulas under
