@@ -350,11 +350,10 @@ def parameter_groups(model: nn.Module, args: Namespace) -> list[dict]:
 
 # ----------------------------------------- settings: the same in all five scripts but fit_method
 #
-# The command line is parsed twice. First by `given_flags`, which finds what is given and where the
-# images are. `choose_preset` then fits a column of PRESETS to the images, and `configure` parses
-# again with that as defaults: so a given flag wins over the column, and rows without a flag get
-# into `args` too. `configure` adds what follows from these, and `fit_method` what only this method
-# needs.
+# The command line is parsed twice: by `given_flags`, which finds what is given and where the images
+# are; then by `fit_preset`, on top of a column of PRESETS. So a given flag wins over it, and rows
+# without a flag get into `args` too. What is not given is fitted to the images. `configure` adds
+# what follows from all this, and `fit_method` what only this method needs.
 
 
 def given_flags() -> Namespace:
@@ -371,8 +370,8 @@ def given_flags() -> Namespace:
     return given
 
 
-def choose_preset(given: Namespace, images: Images) -> dict:
-    """The column of PRESETS for the images, fitted to them and to the flags that are given.
+def fit_preset(given: Namespace, images: Images) -> Namespace:
+    """The flags; for those not given, the column of PRESETS for the images, fitted to them.
 
     For example, 1,000 images of 64 px on 3 ranks get the column `stl10`, views of 64 px, the stem
     `small`, and (if --accumulate is 1) batches of 63: 256 is halved until it is at most an eighth
@@ -388,19 +387,20 @@ def choose_preset(given: Namespace, images: Images) -> dict:
     else:
         column = "imagenet100"
     preset = {key: row[DATA_SETS.index(column)] for key, row in PRESETS.items()}
-    preset["preset"] = column  # for the log
-    preset["image_size"] = max(8, side) if side <= 128 else 224
-    if preset["stem"] is None:
-        small = (given.image_size or preset["image_size"]) <= 64
-        preset["stem"] = "small" if small else "imagenet"
-    # For at least eight updates an epoch, if that leaves two images a rank.
-    most = max(len(images) // (8 * given.accumulate), 2 * WORLD)
-    while preset["batch_size"] > most:
-        preset["batch_size"] //= 2
-    preset["batch_size"] = max(2, preset["batch_size"] // WORLD) * WORLD  # a multiple of the ranks
-    epochs = given.epochs or preset["epochs"]
-    preset["warmup_epochs"] = min(preset["warmup_epochs"], epochs / 10)
-    return preset
+    args = parser.parse_args(namespace=Namespace(preset=column, **preset))
+    if given.image_size is None:
+        args.image_size = max(8, side) if side <= 128 else 224
+    if args.stem is None:
+        args.stem = "small" if args.image_size <= 64 else "imagenet"
+    if given.batch_size is None:
+        # For at least eight updates an epoch, if that leaves two images a rank.
+        most = max(len(images) // (8 * args.accumulate), 2 * WORLD)
+        while args.batch_size > most:
+            args.batch_size //= 2
+        args.batch_size = max(2, args.batch_size // WORLD) * WORLD  # a multiple of the ranks
+    if given.warmup_epochs is None:
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+    return args
 
 
 def configure() -> tuple[Namespace, Data]:
@@ -410,9 +410,7 @@ def configure() -> tuple[Namespace, Data]:
         data = load_data(given.data, given.root)  # if rank 0 has to download, the others wait
     except DataError as error:
         refuse(str(error))
-    preset = choose_preset(given, data.pretrain)
-    parser.set_defaults(**preset)
-    args = parser.parse_args()
+    args = fit_preset(given, data.pretrain)
 
     args.ranks, args.images = WORLD, len(data.pretrain)
     args.checksum = data.pretrain.checksum  # of the images, for `resume`
