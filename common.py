@@ -846,25 +846,20 @@ class Augment:
         centre of the image: all of its height if it is too wide for `ratio`, all of its width if it
         is too tall, all of it if neither.
         """
-        height, width = np.atleast_1d(height, width)
+        sides = np.stack(np.atleast_1d(height, width))  # (2, n), or (2, 1) where all are alike
         low, high = np.log(self.ratio)
         ratio = np.exp(low + u["ratio"] * (high - low))
         low, high = self.scale
-        area = (low + u["area"] * (high - low)) * (height * width)[:, None]
-        tries_w = np.sqrt(area * ratio).round()  # (n, 10)
-        tries_h = np.sqrt(area / ratio).round()
-        fits = (tries_w >= 1) & (tries_w <= width[:, None])
-        fits &= (tries_h >= 1) & (tries_h <= height[:, None])
+        area = (low + u["area"] * (high - low)) * sides.prod(0)[:, None]
+        tries = np.sqrt([area / ratio, area * ratio]).round()  # (2, n, 10): heights, widths
+        fits = ((tries >= 1) & (tries <= sides[:, :, None])).all(0)
         none = ~fits.any(1)
-        first = (np.arange(len(u)), fits.argmax(1))  # indexes (n, 10)
-        # If none fits: all of the width, or what `ratio` allows of it; so with the height.
-        whole_w = np.clip((height * self.ratio[1]).round(), 1, width)
-        whole_h = np.clip((width / self.ratio[0]).round(), 1, height)
-        w = np.where(none, whole_w, tries_w[first])
-        h = np.where(none, whole_h, tries_h[first])
-        top = np.where(none, (height - h) // 2, np.floor(u["top"] * (height - h + 1)))
-        left = np.where(none, (width - w) // 2, np.floor(u["left"] * (width - w + 1)))
-        return np.stack([top, left, h, w], 1).astype(np.int64), u["flip"] < self.flip
+        # If none fits: all of a side, or what `ratio` allows of it.
+        whole = np.round([sides[1] / self.ratio[0], sides[0] * self.ratio[1]]).clip(1, sides)
+        crops = np.where(none, whole, tries[:, np.arange(len(u)), fits.argmax(1)])  # (2, n)
+        room = sides - crops
+        starts = np.where(none, room // 2, np.floor([u["top"], u["left"]] * (room + 1)))
+        return np.concatenate([starts, crops]).T.astype(np.int64), u["flip"] < self.flip
 
     def centre_boxes(self, height: Sides, width: Sides) -> tuple[np.ndarray, np.ndarray]:
         """The same for evaluation: the centre square, never flipped.
@@ -872,12 +867,12 @@ class Augment:
         Its side is the image's shorter one. For views above 96 px it is 7/8 of that (224 of 256),
         but images that have the size of a view are taken whole.
         """
-        height, width = np.atleast_1d(height, width)
-        side = np.minimum(height, width)
+        sides = np.stack(np.atleast_1d(height, width))
+        side = sides.min(0)
         if self.size > 96:
-            fits = (height == self.size) & (width == self.size)
-            side = np.where(fits, side, (side * 7 / 8).round()).astype(np.int64)
-        boxes = np.stack([(height - side) // 2, (width - side) // 2, side, side], 1)
+            whole = (sides == self.size).all(0)
+            side = np.where(whole, side, (side * 7 / 8).round()).astype(np.int64)
+        boxes = np.stack([*(sides - side) // 2, side, side], 1)
         return boxes, np.zeros(len(boxes), bool)
 
     def _parameters(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
