@@ -554,7 +554,7 @@ class Batches:
 
     What is random about views is drawn first, as numbers u, by Augment.draw (below). By these
     Augment.apply makes views of images in memory, on the device. Images on disk are cropped by the
-    same numbers in data workers, see `_Crops`, and become views on the device, by Augment.finish.
+    same numbers in data workers, see `_Crops`; Augment.apply does the rest, on the device.
     """
 
     images: Images
@@ -610,7 +610,7 @@ class Batches:
             crops = [crop.to(device, non_blocking=True) for crop in crops]
             numbers = self.numbers(step)  # drawn again, the same as in the worker
             triples = zip(self.recipes, crops, numbers, strict=True)
-            yield self.rows(step), [recipe.finish(x, u) for recipe, x, u in triples]
+            yield self.rows(step), [recipe.apply(x, u, crop=False) for recipe, x, u in triples]
 
 
 class _Crops(torch.utils.data.Dataset):
@@ -779,23 +779,17 @@ class Augment:
             u[name] = torch.rand(u[name].shape, generator=generator, dtype=torch.float64).numpy()
         return u
 
-    def apply(self, images: Tensor, u: np.ndarray | None) -> Tensor:
-        """Views of `images` (B, 3, H, W) uint8, by the numbers u (B,) of `draw`; None: `centre`."""
+    def apply(self, images: Tensor, u: np.ndarray | None, crop: bool = True) -> Tensor:
+        """Views of `images` (B, 3, H, W) uint8, by the numbers u (B,) of `draw`; None: `centre`.
+
+        Without `crop`: of images that a worker has cropped, resized and flipped already.
+        """
         if u is None:
             return self.centre(images)
-        boxes, flips = self.boxes(u, *images.shape[2:])
-        boxes = np.column_stack([boxes, flips]).astype(np.float32)  # (B, 5)
-        return self._transform(images, u, _to(boxes, images.device))
-
-    def finish(self, crops: Tensor, u: np.ndarray | None) -> Tensor:
-        """The same for images that a worker has cropped, resized and flipped already."""
-        if u is None:
-            return self.normalise(crops.float() / 255)
-        return self._transform(crops, u, None)
-
-    def _transform(self, images: Tensor, u: np.ndarray, boxes: Tensor | None) -> Tensor:
-        """Crops where there are boxes, then colours, gray, blur, solarize, normalise."""
         count, device = len(images), images.device
+        if crop:
+            boxes, flips = self.boxes(u, *images.shape[2:])
+            boxes = _to(np.column_stack([boxes, flips]).astype(np.float32), device)  # (B, 5)
         order, factors, sigma = self._parameters(u)
         factors, sigma = _to(factors, device), _to(sigma, device)
         # Beyond 3.3 sigma lies .1 % of a Gaussian. torchvision's gaussian_blur gives the same for
@@ -806,7 +800,7 @@ class Augment:
         with torch.autocast(device.type, enabled=False):
             for part in _chunks(count, max(self.size, *images.shape[2:]), device):
                 x = images[part].to(torch.float32, memory_format=torch.contiguous_format)
-                if boxes is not None:
+                if crop:
                     x = _crop(x, boxes[part], self.size)
                 x = _jitter(x.mul_(1 / 255), order[part], factors[part])
                 x = _change(_grayscale, u["gray"][part] < self.gray, x)
@@ -927,7 +921,7 @@ def _change(operation, chosen: np.ndarray, x: Tensor, *arguments: Tensor) -> Ten
 # a random strength:
 # 1. fields in Augment: mine: float = 0.0, its probability, and weakest, strongest;
 # 2. at the end of _SINGLE the numbers "mine" and "strength";
-# 3. in `_transform`, before the loop,
+# 3. in `apply`, before the loop,
 #
 #     strength = self.weakest + u["strength"] * (self.strongest - self.weakest)
 #     strength = _to(np.float32(strength), device)
