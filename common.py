@@ -566,17 +566,14 @@ class Batches:
 
     def rows(self, step: int) -> np.ndarray:
         """Which images this rank shows at `step`."""
+        count = len(self.images)
         if self.seed is None:
             start = step * self.batch_size
-            return np.arange(start, min(start + self.batch_size, len(self.images)))
-        done, place = divmod(step, len(self.images) // self.batch_size)  # passes; steps of the next
-        order = _order_of_pass(len(self.images), self.seed, done)
+            return np.arange(start, min(start + self.batch_size, count))
+        done, place = divmod(step, count // self.batch_size)  # passes; steps of the next
         start = place * self.batch_size
-        return order[start : start + self.batch_size][self._share()]
-
-    def _share(self) -> slice:
-        share = self.batch_size // self.world
-        return slice(self.rank * share, (self.rank + 1) * share)
+        batch = _order_of_pass(count, self.seed, done)[start : start + self.batch_size]
+        return np.split(batch, self.world)[self.rank]
 
     def numbers(self, step: int) -> list[np.ndarray | None]:
         """For each view the random numbers of this rank's samples, (B,) of NUMBERS, or None."""
@@ -586,7 +583,7 @@ class Batches:
         for view, recipe in enumerate(self.recipes):
             # Drawn for the whole batch, which is thus the same for any number of ranks.
             drawn = recipe.draw(self.batch_size, generator(self.seed, "view", step, view))
-            numbers.append(drawn[self._share()])
+            numbers.append(np.split(drawn, self.world)[self.rank])
         return numbers
 
     def stream(self, steps: Sequence[int], device: torch.device, workers: int = 0) -> Iterator:
