@@ -25,7 +25,7 @@ import signal
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -554,7 +554,7 @@ class Batches:
 
     What is random about views is drawn first, as numbers u, by Augment.draw (below). By these
     Augment.apply makes views of images in memory, on the device. Images on disk are cropped by the
-    same numbers in data workers, see `_Crops`; Augment.apply does the rest, on the device.
+    same numbers in data workers, see `crops`; Augment.apply does the rest, on the device.
     """
 
     images: Images
@@ -586,6 +586,37 @@ class Batches:
             numbers.append(np.split(drawn, self.world)[self.rank])
         return numbers
 
+    def crops(self, step: int) -> tuple[list[Tensor], dict[int, str]]:
+        """What a data worker makes of the images of a step on disk: crops for all views.
+
+        Decodes each file once. Returns for each recipe (B, 3, size, size) uint8, and the unreadable
+        images, as `read` does. Colours are innermost in memory, as decoders and resizing have them.
+        """
+        rows, numbers = self.rows(step), self.numbers(step)
+        shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in self.recipes]
+        crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
+        if torch.utils.data.get_worker_info():
+            # Else the loader does it, in a thread: if /dev/shm is full, this dies without a word,
+            # and the trainer waits for ever (seen with torch 2.14).
+            crops = [crop.share_memory_() for crop in crops]
+        unreadable = {}
+        for start in range(0, len(rows), 8):  # a few at a time, because decoded images are large
+            part = slice(start, start + 8)
+            images = []
+            for row in rows[part]:
+                image, bad = self.images.read(int(row))
+                images.append(image)
+                unreadable.update(bad)
+            heights, widths = np.array([image.shape[1:] for image in images]).T
+            for recipe, u, out in zip(self.recipes, numbers, crops, strict=True):
+                if u is None:
+                    boxes, flips = recipe.centre_boxes(heights, widths)
+                else:
+                    boxes, flips = recipe.boxes(u[part], heights, widths)
+                for image, box, flip, crop in zip(images, boxes, flips, out[part], strict=True):
+                    _crop_bytes(image, box, flip, crop)
+        return [crop.permute(0, 3, 1, 2) for crop in crops], unreadable
+
     def stream(self, steps: Sequence[int], device: torch.device, workers: int = 0) -> Iterator:
         """Yields for each step the image indices (B,), those of `rows`, and a list of the views.
 
@@ -601,55 +632,13 @@ class Batches:
                 pairs = zip(self.recipes, self.numbers(step), strict=True)
                 yield rows, [recipe.apply(images, u) for recipe, u in pairs]
             return
-        loaded = _load(_Crops(self), steps, workers, pin_memory=device.type == "cuda")
+        loaded = _load(self.crops, steps, workers, pin_memory=device.type == "cuda")
         for step, (crops, unreadable) in zip(steps, loaded, strict=True):
             self.images.note_broken(unreadable)
             crops = [crop.to(device, non_blocking=True) for crop in crops]
             numbers = self.numbers(step)  # drawn again, the same as in the worker
             triples = zip(self.recipes, crops, numbers, strict=True)
             yield self.rows(step), [recipe.apply(x, u, crop=False) for recipe, x, u in triples]
-
-
-class _Crops(torch.utils.data.Dataset):
-    """What data workers make of images on disk. An item is a whole batch, its index the step.
-
-    No length is needed, as the loader is told the steps.
-    """
-
-    def __init__(self, batches: Batches):
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> tuple[list[Tensor], dict[int, str]]:
-        """Decodes each file once and crops it for all its views.
-
-        Returns for each recipe (B, 3, size, size) uint8, and the unreadable images, as `read` does.
-        Colours are innermost in memory, as decoders and resizing have them.
-        """
-        batches = self.batches
-        rows, numbers = batches.rows(step), batches.numbers(step)
-        shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in batches.recipes]
-        crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
-        if torch.utils.data.get_worker_info():
-            # Else the loader does it, in a thread: if /dev/shm is full, this dies without a word,
-            # and the trainer waits for ever (seen with torch 2.14).
-            crops = [crop.share_memory_() for crop in crops]
-        unreadable = {}
-        for start in range(0, len(rows), 8):  # a few at a time, because decoded images are large
-            part = slice(start, start + 8)
-            images = []
-            for row in rows[part]:
-                image, bad = batches.images.read(int(row))
-                images.append(image)
-                unreadable.update(bad)
-            heights, widths = np.array([image.shape[1:] for image in images]).T
-            for recipe, u, out in zip(batches.recipes, numbers, crops, strict=True):
-                if u is None:
-                    boxes, flips = recipe.centre_boxes(heights, widths)
-                else:
-                    boxes, flips = recipe.boxes(u[part], heights, widths)
-                for image, box, flip, crop in zip(images, boxes, flips, out[part], strict=True):
-                    _crop_bytes(image, box, flip, crop)
-        return [crop.permute(0, 3, 1, 2) for crop in crops], unreadable
 
 
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
@@ -667,12 +656,12 @@ def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None
 # How data workers start, fail and end. Not needed to use or to extend the data.
 
 
-def _load(items: _Crops, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
-    """items[step] of each step, made by worker processes, or by this one if workers is 0."""
+def _load(crops: Callable, steps: Sequence[int], workers: int, pin_memory: bool) -> Iterator:
+    """crops(step) of each step, made by worker processes, or by this one if workers is 0."""
     loader = torch.utils.data.DataLoader(
-        items,
+        steps,
         batch_size=None,
-        sampler=steps,
+        collate_fn=crops,
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,

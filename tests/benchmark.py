@@ -417,7 +417,7 @@ def jpeg_case(photos: str, count: int) -> Contestants:
     batches, steps = common.Batches(images, (common.SIMCLR,) * 2, count, seed=0), itertools.count()
     contestants: Contestants = {
         OURS: lambda: next(batches.stream([next(steps)], CPU)),
-        "worker": lambda: common._Crops(batches)[next(steps)],
+        "worker": lambda: batches.crops(next(steps)),
         "torchvision.io": lambda: [decode_image(str(p), mode="RGB") for p in files],
         "PIL": lambda: [Image.open(p).convert("RGB") for p in files],
     }
@@ -664,7 +664,7 @@ def folder_case(folder: str) -> Contestants:
     def start() -> tuple:
         data = common.load_data(folder)
         batches = common.Batches(data.pretrain, (common.SIMCLR,) * 2, 8, seed=0)
-        return data, batches, common._Crops(batches)[0]
+        return data, batches, batches.crops(0)
 
     return {OURS: start}
 
