@@ -590,11 +590,12 @@ class Batches:
         """What a data worker makes of the images of a step on disk: crops for all views.
 
         Decodes each file once. Returns for each recipe (B, 3, size, size) uint8, and the unreadable
-        images, as `read` does. Colours are innermost in memory, as decoders and resizing have them.
+        images, as `read` does.
         """
         rows, numbers = self.rows(step), self.numbers(step)
-        shapes = [(len(rows), recipe.size, recipe.size, 3) for recipe in self.recipes]
-        crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
+        shapes = [(len(rows), 3, recipe.size, recipe.size) for recipe in self.recipes]
+        layout = torch.channels_last  # as decoders and resizing have them
+        crops = [torch.empty(shape, dtype=torch.uint8, memory_format=layout) for shape in shapes]
         if torch.utils.data.get_worker_info():
             # Else the loader does it, in a thread: if /dev/shm is full, this dies without a word,
             # and the trainer waits for ever (seen with torch 2.14).
@@ -615,7 +616,7 @@ class Batches:
                     boxes, flips = recipe.boxes(u[part], heights, widths)
                 for image, box, flip, crop in zip(images, boxes, flips, out[part], strict=True):
                     _crop_bytes(image, box, flip, crop)
-        return [crop.permute(0, 3, 1, 2) for crop in crops], unreadable
+        return crops, unreadable
 
     def stream(self, steps: Sequence[int], device: torch.device, workers: int = 0) -> Iterator:
         """Yields for each step the image indices (B,), those of `rows`, and a list of the views.
@@ -642,15 +643,14 @@ class Batches:
 
 
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
-    """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (size, size, 3)."""
+    """Writes `box` of image (3, H, W), resized and perhaps flipped, to out (3, size, size)."""
     top, left, height, width = box.tolist()
     # The same as image[None] but for the stride of its one sample, by which interpolate recognises
     # channels_last, for which it has a faster way. (The colours of a decoded image are innermost.)
     view = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     view = view[:, :, top : top + height, left : left + width]
-    view = F.interpolate(view, out.shape[:2], mode="bilinear", antialias=True)
-    view = view[0].permute(1, 2, 0)
-    out.copy_(view.flip(1) if flip else view)
+    view = F.interpolate(view, out.shape[1:], mode="bilinear", antialias=True)[0]
+    out.copy_(view.flip(2) if flip else view)
 
 
 # How data workers start, fail and end. Not needed to use or to extend the data.
