@@ -66,12 +66,12 @@ def _ranks() -> tuple[int, int]:
     return 0, 1
 
 
-def _to(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
     """Copies to `device`; to a GPU from pinned memory, for which the host need not wait."""
-    tensor = torch.as_tensor(array)
-    if device.type == "cuda" and not tensor.is_cuda:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------ data
