@@ -762,7 +762,7 @@ class Augment:
         """All that is random about `count` samples: an array (count,) of NUMBERS."""
         u = np.empty(count, NUMBERS)
         for name in NUMBERS.names:
-            u[name] = torch.rand(u[name].shape, generator=generator, dtype=torch.float64).numpy()
+            torch.from_numpy(u[name]).uniform_(generator=generator)
         return u
 
     def apply(self, images: Tensor, u: np.ndarray | None, crop: bool = True) -> Tensor:
