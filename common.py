@@ -814,10 +814,8 @@ class Augment:
         mean, std = self._statistics(views.device)
         return (views * std + mean).clamp(0, 1)
 
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        mean = _to(np.float32(self.mean), device)
-        std = _to(np.float32(self.std), device)
-        return mean.view(3, 1, 1), std.view(3, 1, 1)
+    def _statistics(self, device: torch.device) -> Tensor:
+        return _to(np.float32([self.mean, self.std]), device).view(2, 3, 1, 1)
 
     def boxes(self, u: np.ndarray, height: Sides, width: Sides) -> tuple[np.ndarray, np.ndarray]:
         """Random crops (n, 4) as top, left, height, width in pixels, and whether to flip them (n,).
