@@ -660,8 +660,8 @@ def _load(crops: Callable, steps: Sequence[int], workers: int, pin_memory: bool)
     """crops(step) of each step, made by worker processes, or by this one if workers is 0."""
     loader = torch.utils.data.DataLoader(
         steps,
-        batch_size=None,
-        collate_fn=crops,
+        batch_size=None,  # a step is a whole batch already
+        collate_fn=crops,  # called for each step, in a worker
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
