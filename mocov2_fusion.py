@@ -82,7 +82,7 @@ import threading
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -180,6 +180,7 @@ if CUDA:
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # of GPU 0; emulated: slow
     PRECISION = "bf16" if bf16 else "fp16"
 WORKERS = min(8, os.cpu_count() or 1)
+ARCHS = ["resnet10", *models.list_models(module=models)]
 flag("--temperature", type=float, help="of InfoNCE")
 flag("--queue-size", type=int, help="negatives K, a multiple of the batch size")
 flag("--key-momentum", type=float, help="m at the start, 0 to 1; at the end final_momentum or more")
@@ -200,7 +201,7 @@ flag("--lr", type=float, help="at 256 images an update; at n: lr * n/256, adamw 
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
 flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
-flag("--arch", help="resnet10 or any classification model of torchvision")
+flag("--arch", choices=ARCHS, metavar="NAME", help="resnet10 or any classifier of torchvision")
 flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3, 3x3 stride 2")
 flag("--image-size", type=int, help="side of a view in pixels")
 flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
@@ -223,7 +224,7 @@ MAY_BE_0 += ["fusion_layers", "fusion_lr", "key_momentum"]
 # `args` holds all settings in effect: flags, rows of PRESETS, and what "settings" below derives:
 # preset (the name of the column), ranks, images (their number), checksum, epoch_steps, steps,
 # warmup_steps, peak_lr (lr scaled by the images of an update), images_per_rank (without fusion 0),
-# final_momentum, chance_loss, views (recipes as texts).
+# final_momentum, chance_loss, views (recipes as text).
 
 
 def recipes(args: Namespace) -> list[Augment]:
@@ -427,8 +428,8 @@ def given_flags() -> Namespace:
         name = f"--{key.replace('_', '-')}"
         if value == "":
             refuse(f"{name} is empty")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not 0 <= value < 2**31 or (value == 0 and key not in MAY_BE_0):
+        if type(value) in (int, float):  # not bool
+            if not (0 < value < 2**31 or (value == 0 and key in MAY_BE_0)):
                 refuse(f"{name} {value} is out of range: above 0 (for some 0 too), below 2^31")
     return given
 
@@ -494,7 +495,7 @@ def configure() -> tuple[Namespace, Data]:
     scale = math.sqrt(update / 256) if args.optimizer == "adamw" else update / 256
     args.peak_lr = args.lr * scale
     fit_method(args, given)
-    args.views = [str(recipe) for recipe in recipes(args)]  # for the log and for `resume`
+    args.views = str(recipes(args))  # for the log and for `resume`
 
     if args.run_dir is None:
         name = Path(args.data).resolve().name  # as ./images/ and images are the same
@@ -618,15 +619,16 @@ def main() -> None:
         log("data", 0, train=len(data.train), val=len(data.val), classes=classes)
     if args.eval:
         log("args", 0, **vars(args), device=str(DEVICE))
-        with readable(Path(args.eval)):
-            backbone.load_state_dict(read(Path(args.eval)))
-        return evaluate(backbone, data, args, log, 0)
-    set_signals(note_signal)  # from here a signal waits: see "how a run ends"
-    train(backbone, data, args, log)
-    set_signals(signal.SIG_DFL)
-    if STOP:  # the number of a signal that came after the last step: all is saved
-        sys.exit(128 + STOP[0])
-    return evaluate(backbone, data, args, log, args.steps)
+        path = Path(args.eval)
+        with readable(path):
+            backbone.load_state_dict(read(path))
+    else:
+        set_signals(note_signal)  # from here a signal waits: see "how a run ends"
+        train(backbone, data, args, log)
+        set_signals(signal.SIG_DFL)
+        if STOP:  # the number of a signal that came after the last step: all is saved
+            sys.exit(128 + STOP[0])
+    evaluate(backbone, data, args, log, 0 if args.eval else args.steps)
 
 
 # ------------------------------------------------------ machinery: the same in all five scripts
@@ -640,22 +642,13 @@ def join_ranks() -> None:
         if DEVICE.index >= torch.cuda.device_count():
             refuse(f"no {DEVICE}: this machine has {torch.cuda.device_count()} GPUs", code=1)
         torch.cuda.set_device(DEVICE)
-    if "RANK" in os.environ or WORLD > 1:
-        threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
-        store = torchrun_store()
-        backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # without it only the GPUs' since 2.6
-        long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=long)
-
-
-def torchrun_store() -> dist.Store:
-    """Where the ranks find each other's addresses, as init_process_group() would by itself.
-
-    When torchrun starts the ranks again after a failure (--max-restarts), its store still holds the
-    addresses of the dead, which the new ones would try to reach (seen with torch 2.6). So each
-    start uses a prefix of its own, the count of restarts. With several machines this is refused, as
-    each counts for itself: with unequal prefixes the ranks would not meet.
-    """
+    if "RANK" not in os.environ and WORLD == 1:
+        return
+    threading.Thread(target=end_with_torchrun, daemon=True).start()  # if torchrun is killed
+    # When torchrun starts the ranks again after a failure (--max-restarts), its store still holds
+    # the addresses of the dead, which the new ones would try to reach (seen with torch 2.6). So
+    # each start uses a prefix of its own, the count of restarts. With several machines this is
+    # refused, as each counts for itself: with unequal prefixes the ranks would not meet.
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         refuse("--max-restarts works on one machine only: start the command again instead")
@@ -663,7 +656,10 @@ def torchrun_store() -> dist.Store:
         store, _, _ = next(dist.rendezvous("env://"))
     except ValueError as error:
         refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # without it only the GPUs' since 2.6
+    long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=long)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -672,37 +668,18 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def copy_buffers_of_rank_0(module: nn.Module) -> None:
-    """For `features`: where each rank has batch norms of its own, their running averages differ.
-
-    DistributedDataParallel does the same before each forward, but nobody does after the last.
-    """
-    if WORLD > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
-
-
 def autocast(args: Namespace) -> torch.autocast:
     dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
     return torch.autocast(DEVICE.type, dtype, enabled=args.precision != "fp32")
 
 
 def build_backbone(args: Namespace) -> nn.Module:
-    """The network without its head, a function of the seed; its output has `num_features`.
+    """A classifier of torchvision without its head, a function of the seed.
 
     For a network of your own, (N, 3, H, W) -> (N, d), make it here instead, with an attribute
     num_features, which is d. Under DDP all of its parameters must take part in the loss.
     """
     torch.manual_seed(args.seed)
-    net = torchvision_network(args)
-    return net.train().to(DEVICE, memory_format=torch.channels_last)
-
-
-def torchvision_network(args: Namespace) -> nn.Module:
-    """A classification model of torchvision, with an Identity in place of its head."""
-    known = ["resnet10", *models.list_models(module=models)]
-    if args.arch not in known:
-        refuse(f"--arch {args.arch} is unknown, try one of {', '.join(known)}")
     try:
         if args.arch == "resnet10":
             block = models.resnet.BasicBlock
@@ -718,15 +695,13 @@ def torchvision_network(args: Namespace) -> nn.Module:
             net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
-        kinds = (nn.Linear, nn.Conv2d)
-        layers = [path for path, module in net.named_modules() if isinstance(module, kinds)]
-        # In all models of torchvision the last of these layers is the head.
-        net.set_submodule(layers[-1], nn.Identity())
+        layers = [path for path, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        net.set_submodule(layers[-1], nn.Identity())  # in torchvision the last one is the head
         net.eval()
         net.num_features = net(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
     except Exception as error:  # each network objects in its own way
         refuse(f"--arch {args.arch} does not work at --image-size {args.image_size}: {error}")
-    return net
+    return net.train().to(DEVICE, memory_format=torch.channels_last)
 
 
 class LARS(torch.optim.SGD):
@@ -798,7 +773,7 @@ class Log:
         self.file = (run / "metrics.jsonl").open("a+b")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             refuse(f"another process is writing to {run}: wait for it or give another --run-dir")
         self.file.seek(0)
         whole_lines = self.file.read().rfind(b"\n") + 1  # a kill may have torn the last line
@@ -848,10 +823,7 @@ def read(path: Path) -> dict:
         damaged = file.testzip()
     if damaged:
         raise ValueError(f"{damaged} in it is damaged")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict):
-        raise ValueError("it holds something else")
-    return content
+    return dict(torch.load(path, map_location="cpu", weights_only=True))  # or an error
 
 
 @contextmanager
@@ -885,14 +857,13 @@ def save_checkpoint(path: Path, args: Namespace, parts: dict, step: int) -> None
 
 def resume(path: Path, args: Namespace, parts: dict) -> int:
     """Loads the checkpoint, if there is one, into `parts` on every rank; returns the steps done."""
-    saved = None
+    content = [None]
     if RANK == 0 and path.exists():
         with readable(path):
-            saved = read(path)
+            content = [read(path)]
     if WORLD > 1:
-        content = [saved]  # on the other ranks replaced by rank 0's
-        dist.broadcast_object_list(content)
-        saved = content[0]
+        dist.broadcast_object_list(content)  # rank 0's replaces those of the others
+    saved = content[0]
     if saved is None:
         return 0
     with readable(path):
@@ -910,7 +881,11 @@ def resume(path: Path, args: Namespace, parts: dict) -> int:
 @torch.no_grad()
 def features(backbone: nn.Module, images: Images, args: Namespace) -> Tensor:
     """(N, d) features of the images' centre crops, in eval mode; each rank computes a share."""
-    copy_buffers_of_rank_0(backbone)
+    if WORLD > 1:
+        # Where each rank has batch norms of its own, their running averages differ: rank 0's count,
+        # as for DistributedDataParallel, which copies them before each forward in training.
+        for buffer in backbone.buffers():
+            dist.broadcast(buffer, 0)
     backbone.eval()
     x = torch.zeros(len(images), backbone.num_features, device=DEVICE)
     # Without a seed and a rank `Batches` makes centre crops, in order, and does not split batches:
@@ -946,9 +921,8 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     classes = int(y.max()) + 1
     rates = torch.logspace(-4, 0.5, 10, device=DEVICE)
     heads = nn.Sequential(nn.Linear(x.shape[1], 10 * classes), nn.Unflatten(1, (10, classes)))
-    heads.to(DEVICE)
-    nn.init.zeros_(heads[0].weight)
-    nn.init.zeros_(heads[0].bias)
+    for p in heads.to(DEVICE).parameters():
+        nn.init.zeros_(p)
 
     def losses(rows: Tensor) -> Tensor:
         """Of the images at `rows` and each classifier: (n, 10)."""
@@ -977,7 +951,7 @@ def linear_probe(backbone: nn.Module, data: Data, args: Namespace) -> dict[str, 
     return {"top1": 100 * top1.item(), "top5": 100 * top5.item(), "probe_lr": rates[best].item()}
 
 
-def save_views(path: Path, columns: list[Tensor]) -> None:
+def save_views(path: Path, columns: Sequence[Tensor]) -> None:
     """Eight rows, with a picture from each column (N, 3, H, W) of normalised views."""
     if RANK == 0:
         pictures = torch.stack([column[:8] for column in columns], 1).flatten(0, 1)
@@ -994,8 +968,7 @@ def save_neighbours(path: Path, backbone: nn.Module, images: Images, args: Names
     shown = images.take(nearest.flatten().cpu().numpy())
     stream = Batches(shown, [Augment(96)], len(shown)).stream([0], DEVICE)
     _, (pictures,) = next(stream)
-    if RANK == 0:
-        save_image(Augment().restore(pictures), path, nrow=nearest.shape[1])
+    save_views(path, pictures.unflatten(0, nearest.shape).unbind(1))
 
 
 def evaluate(backbone: nn.Module, data: Data, args: Namespace, log: Log, step: int) -> None:
@@ -1061,8 +1034,7 @@ def refuse(message: str, code: int = 2) -> NoReturn:
     """Ends with one line on stderr; code 2: wrong use or a file of no use, 1: a failed run."""
     if LOCAL_RANK > 0:
         wait_for_torchrun()  # the first rank may have printed the same
-    line = " ".join(f"{Path(__file__).name}: {message}".split())
-    print(line, file=sys.stderr, flush=True)
+    print(" ".join(f"{Path(__file__).name}: {message}".split()), file=sys.stderr)
     sys.exit(code)
 
 
