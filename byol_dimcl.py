@@ -32,8 +32,8 @@ gradients are those of the whole batch, not each rank's own.
 
 Measured (10,000 images of CIFAR-10, 2026-11-27 and 28, conditions in the README): linear probe
 after 8 epochs, five seeds, 50.4 % (sd .5) with DimCL, 43.0 % (sd .6) without, 38.1 % untrained: a
-gain of 7.4 (paired by seed, 95 % interval 6.7 to 8.1); at twice the rate, two seeds, 8.4 (5.9 to
-10.9). After 24 epochs, three seeds, 55.7 % and 47.7 %: a gain of 8.0 (6.8 to 9.2).
+gain of 7.4 (paired by seed, 95 % interval 6.7 to 8.1); at twice the rate, where BYOL alone loses
+two points, 9.4 (7.8 to 11.0). After 24 epochs, three seeds, 55.7 % and 47.7 %: 8.0 (6.8 to 9.2).
 """
 
 import argparse
