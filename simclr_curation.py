@@ -140,12 +140,10 @@ PRESETS = {
 parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False)
 parser.formatter_class = argparse.RawDescriptionHelpFormatter
 flag = parser.add_argument
-ON_OFF = argparse.BooleanOptionalAction  # --compile and --no-compile
 PRECISION = "fp32"
 if CUDA:
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # of GPU 0; emulated: slow
     PRECISION = "bf16" if bf16 else "fp16"
-WORKERS = min(8, os.cpu_count() or 1)
 ARCHS = ["resnet10", *models.list_models(module=models)]
 flag("--temperature", type=float, help="of NT-Xent")
 flag("--curation", choices=("batch", "pairs", "off"), default="batch", help="off: plain SimCLR")
@@ -167,14 +165,14 @@ flag("--arch", choices=ARCHS, metavar="NAME", help="resnet10 or any classifier o
 flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3, 3x3 stride 2")
 flag("--image-size", type=int, help="side of a view in pixels")
 flag("--precision", choices=("bf16", "fp16", "fp32"), default=PRECISION)
-flag("--compile", action=ON_OFF, default=False, help="torch.compile the networks")
-flag("--workers", type=int, default=WORKERS, help="processes of a rank that decode image files")
+flag("--compile", action="store_true", help="torch.compile the networks")
+flag("--workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes a rank")
 flag("--seed", type=int, default=0, help="everything random follows from it")
 flag("--save-every", type=int, default=0, help="updates between checkpoints; 0: epochs' ends only")
 flag("--log-every", type=int, default=10, help="steps between lines of the log")
 flag("--probe-every", type=int, default=0, help="epochs between probes; 0: only at the end")
 flag("--probe-epochs", type=int, default=100, help="epochs of the linear classifier")
-flag("--tensorboard", action=ON_OFF, default=False, help="also write the log for TensorBoard")
+flag("--tensorboard", action="store_true", help="also write the log for TensorBoard")
 # All other numbers have to be greater than 0.
 MAY_BE_0 = ["weight_decay", "warmup_epochs", "workers", "seed", "save_every", "probe_every"]
 MAY_BE_0 += ["curation_start"]
@@ -677,7 +675,7 @@ class Log:
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run))
+            self.board = SummaryWriter(run)
 
     def __call__(self, event: str, step: int, **values: object) -> None:
         if RANK > 0:

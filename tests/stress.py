@@ -645,7 +645,7 @@ def fuzz(rng: random.Random, count: int) -> Trials:
         known = re.findall(r"^flag\(\"(--[a-z-]+)\"(.*)", source, re.M)
         for word, rest in rng.sample(known, rng.choice([1, 1, 2, 3])):
             value = [rng.choice(VALUES.get(word, ODD_VALUES))]
-            chosen += [word] + ([] if "ON_OFF" in rest else value)
+            chosen += [word] + ([] if "action=" in rest else value)
         trials.append((f"{name} {chosen}", fuzzed, (name, chosen)))
     return trials
 
