@@ -1061,11 +1061,9 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     # At least e^-60: products with denormal numbers take twenty times as long.
     taps = (-0.5 * taps**2).clamp_(min=-60).exp_()
     taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]  # both sides, tap 0 once
-    taps = F.pad(taps, (0, 1))  # tap radius + 1 is 0; it stands for all pixels farther away
-    j = torch.arange(reach, device=x.device)
-    o = torch.arange(block, device=x.device)[:, None] + radius  # where o lies among these pixels
-    tap = (j - o).abs().clamp_(max=radius + 1)
-    band = taps.index_select(1, tap.flatten()).view(-1, block, reach)  # (n, block, reach)
+    kernel = torch.cat([taps.flip(1), taps[:, 1:]], 1)  # (n, 2 radius + 1)
+    # Each row of a band (n, block, reach) is the kernel among zeros, one place further on.
+    band = F.pad(kernel, (block - 1, block - 1)).unfold(1, reach, 1).flip(1)
     end = radius + blocks * block - size  # the last block is filled up
     if end >= size:
         raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
