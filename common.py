@@ -859,9 +859,8 @@ class Augment:
         In this shape factors[:, k] broadcasts over images. Without jitter an order holds only
         _NOTHING.
         """
-        which = (u["order"] * len(_ORDERS)).astype(int)
-        jittered = u["jitter"] < self.jitter
-        order = np.where(jittered[:, None], _ORDERS[which], _NOTHING)
+        order = _ORDERS[(u["order"] * len(_ORDERS)).astype(int)]
+        order[u["jitter"] >= self.jitter] = _NOTHING
         spread = np.array([self.brightness, self.contrast, self.saturation])
         low = np.append(np.maximum(1 - spread, 0), -self.hue)
         high = np.append(1 + spread, self.hue)
