@@ -776,8 +776,16 @@ class Augment:
         if crop:
             boxes, flips = self.boxes(u, *images.shape[2:])
             boxes = _to(np.column_stack([boxes, flips]).astype(np.float32), device)  # (B, 5)
-        order, factors, sigma = self._parameters(u)
-        factors, sigma = _to(factors, device), _to(sigma, device)
+        # The jitter's order (B, 4), and its factors (B, 4, 1, 1, 1): each [:, k] fits images.
+        order = _ORDERS[(u["order"] * len(_ORDERS)).astype(int)]
+        order[u["jitter"] >= self.jitter] = _NOTHING
+        spread = np.array([self.brightness, self.contrast, self.saturation])
+        low = np.append(np.maximum(1 - spread, 0), -self.hue)
+        high = np.append(1 + spread, self.hue)
+        factors = _to(np.float32(low + u["factors"] * (high - low)), device)
+        factors = factors[:, :, None, None, None]
+        low, high = self.sigma
+        sigma = _to(np.float32(low + u["sigma"] * (high - low)), device)
         # Beyond 3.3 sigma lies .1 % of a Gaussian. torchvision's gaussian_blur gives the same for
         # kernel_size = 2 radius + 1.
         blur = partial(_blur, radius=math.ceil(3.3 * self.sigma[1]))
@@ -852,22 +860,6 @@ class Augment:
             side = np.where(whole, side, (side * 7 / 8).round()).astype(np.int64)
         boxes = np.stack([*(sides - side) // 2, side, side], 1)
         return boxes, np.zeros(len(boxes), bool)
-
-    def _parameters(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The jitter's order (n, 4) and factors (n, 4, 1, 1, 1), the blur's sigma in pixels (n,).
-
-        In this shape factors[:, k] broadcasts over images. Without jitter an order holds only
-        _NOTHING.
-        """
-        order = _ORDERS[(u["order"] * len(_ORDERS)).astype(int)]
-        order[u["jitter"] >= self.jitter] = _NOTHING
-        spread = np.array([self.brightness, self.contrast, self.saturation])
-        low = np.append(np.maximum(1 - spread, 0), -self.hue)
-        high = np.append(1 + spread, self.hue)
-        factors = low + u["factors"] * (high - low)
-        low, high = self.sigma
-        sigma = low + u["sigma"] * (high - low)
-        return order, np.float32(factors)[:, :, None, None, None], np.float32(sigma)
 
 
 def _chunks(count: int, side: int, device: torch.device) -> list[slice]:
