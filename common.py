@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
 # torchvision 0.29 announces at every image that its decoder will be removed. Then `_decode` will
@@ -222,26 +222,20 @@ Images = InMemory | OnDisk
 
 
 def _decode(content: bytes) -> Tensor:
-    """(3, H, W) uint8 of the content of an image file."""
-    if content.startswith(b"\x89PNG"):
-        return _decode_by_pillow(content)  # torchvision's decoder ends the process at a damaged PNG
-    try:
-        pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        pixels = decode_image(pixels, mode=ImageReadMode.RGB)
-    except RuntimeError:  # torchvision has no decoder for BMP, TIFF and others
-        return _decode_by_pillow(content)
-    return pixels[0] if pixels.ndim == 4 else pixels  # of an animated GIF the first image
-
-
-def _decode_by_pillow(content: bytes) -> Tensor:
-    from PIL import Image  # comes with torchvision
+    """(3, H, W) uint8 of the content of an image file; of several images the first."""
+    if content.startswith((b"\xff\xd8", b"RIFF")):  # JPEG, WebP: torchvision decodes them faster
+        try:
+            pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            return decode_image(pixels, mode="RGB")
+        except RuntimeError:  # of a rare kind, or damaged
+            pass
+    from PIL import Image  # comes with torchvision, whose decoder ends the process at a damaged PNG
 
     with Image.open(io.BytesIO(content)) as image:
         if image.format == "TIFF" and image.mode in ("I", "F"):
             raise ValueError("32 bits a pixel, of unknown range: convert to 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip to white
-            gray = (np.asarray(image) >> 8).astype(np.uint8)
-            return torch.from_numpy(gray).repeat(3, 1, 1)
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return pil_to_tensor(image.convert("RGB"))
 
 
