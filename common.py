@@ -181,9 +181,10 @@ class OnDisk:
 
     def decode(self, index: int) -> Tensor:
         """Pixels (3, H, W) uint8 of image `index`. Any exception means: unreadable."""
-        if not os.path.isfile(self.path(index)):
+        path = Path(self.path(index))
+        if not path.is_file():
             raise OSError("no file")  # a pipe or device, which might never end
-        return _decode(Path(self.path(index)).read_bytes())
+        return _decode(path.read_bytes())
 
     def read(self, index: int) -> tuple[Tensor, dict[int, str]]:
         """Pixels (3, H, W) uint8 of image `index`, and the images that proved unreadable, and why.
@@ -198,9 +199,8 @@ class OnDisk:
                 return self.decode(i), unreadable
             except Exception as error:  # decoders have many words for a broken file
                 unreadable[i] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        reason = list(unreadable.values())[-1]
         found = f"{self.path(index)!r} and {len(unreadable) - 1} files after it"
-        raise DataError(f"{found} can't be read as images (the last one: {reason})")
+        raise DataError(f"{found} can't be read as images (the first: {unreadable[index]})")
 
     def note_broken(self, unreadable: dict[int, str]) -> None:
         """Names each unreadable file once, on stderr.
@@ -599,7 +599,7 @@ class Batches:
             part = slice(start, start + 8)
             images = []
             for row in rows[part]:
-                image, bad = self.images.read(int(row))
+                image, bad = self.images.read(row)
                 images.append(image)
                 unreadable.update(bad)
             heights, widths = np.array([image.shape[1:] for image in images]).T
