@@ -426,7 +426,8 @@ def _hold(images: OnDisk) -> Images:
                 return images  # not of one size; unreadable ones are named when they are shown
             pixels[i] = image
             broken.update(unreadable)
-    images.note_broken(broken)
+    if _ranks()[0] == 0:  # all ranks have read the same files
+        images.note_broken(broken)
     return InMemory(pixels, images.labels)
 
 
