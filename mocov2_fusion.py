@@ -563,9 +563,8 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
         asked = time.perf_counter()
         _, views = next(stream)
         waited += time.perf_counter() - asked
-        if step in (0, args.steps - 1):
-            with torch.no_grad():  # both views, then both fused (at step 0 the same: Conv is 0)
-                save_views(run / "views.png", [*views, *model.fuse(*views, step)])
+        if step in (0, args.steps - 1):  # both views, then both fused (at step 0 the same)
+            save_views(run / "views.png", [*views, *model.fuse(*views, step)])
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args.steps, args.warmup_steps)
         # Dropout, if the network has it, is a function of the step, as all that is random.

@@ -83,10 +83,8 @@ SYNC = [
     " `backbone` too",
 ]
 PICTURES = [
-    "-        if step in (0, args.steps - 1):",
-    "-            with torch.no_grad():  # both views, then both fused (at step 0 the same: Conv"
-    " is 0)",
-    '-                save_views(run / "views.png", [*views, *model.fuse(*views, step)])',
+    "-        if step in (0, args.steps - 1):  # both views, then both fused (at step 0 the same)",
+    '-            save_views(run / "views.png", [*views, *model.fuse(*views, step)])',
     "+        if step == 0:  # a row for each image",
     '+            save_views(run / "views.png", views)',
 ]
