@@ -122,7 +122,7 @@ class InMemory:
     def take(self, rows: np.ndarray) -> "InMemory":
         """The images at `rows`."""
         labels = None if self.labels is None else self.labels[rows]
-        return InMemory(self.pixels[torch.as_tensor(rows)], labels)
+        return InMemory(self.pixels[rows], labels)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -459,10 +459,10 @@ def _archive(name: str, root: str) -> Data:
 def _read_archive(kind: type, root: str) -> Data:
     def part(**split) -> InMemory:
         data = kind(root, **split)
-        if kind is datasets.STL10:  # (N, 3, H, W) already
-            return InMemory(torch.from_numpy(data.data), np.asarray(data.labels, np.int64))
-        pixels = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
-        return InMemory(torch.from_numpy(pixels), np.asarray(data.targets, np.int64))
+        pixels = torch.from_numpy(data.data)
+        if kind is datasets.STL10:
+            return InMemory(pixels, data.labels.astype(np.int64))
+        return InMemory(pixels.permute(0, 3, 1, 2).contiguous(), np.array(data.targets))
 
     if kind is datasets.STL10:
         train, val = part(split="train"), part(split="test")
