@@ -502,15 +502,15 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(_FIGURES)
 
-    def draw(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (count, *shape)).astype(np.float32)
+    def draw(low: float, high: float, colours: int = 1) -> np.ndarray:
+        return rng.uniform(low, high, (count, colours, 1, 1)).astype(np.float32)
 
-    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled.
+    # Coordinates of the pixels from -1 to 1, then moved, turned and scaled: (count, 1, size, size).
     grid = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    scale = draw(0.65, 0.95, 1, 1)
-    angle = draw(-np.pi / 2, np.pi / 2, 1, 1)
-    dx = grid - draw(-0.15, 0.15, 1, 1)
-    dy = grid[:, None] - draw(-0.15, 0.15, 1, 1)
+    scale = draw(0.65, 0.95)
+    angle = draw(-np.pi / 2, np.pi / 2)
+    dx = grid - draw(-0.15, 0.15)
+    dy = grid[:, None] - draw(-0.15, 0.15)
     x = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
     y = (np.cos(angle) * dy - np.sin(angle) * dx) / scale
 
@@ -519,11 +519,11 @@ def _shapes(count: int, seed: int, size: int = 32) -> InMemory:
         mine = labels == label
         distance[mine] = figure(x[mine], y[mine])
     in_pixels = distance * scale * size / 2  # the image is 2 wide, or `size` pixels
-    cover = np.clip(0.5 - in_pixels, 0, 1)[:, None]  # 0 outside, 1 within, a soft edge of a pixel
-    level = draw(0.15, 0.85, 1, 1, 1)
-    contrast = draw(0.3, 0.6, 1, 1, 1)
-    front = np.where(level > 0.5, level - contrast, level + contrast) + draw(-0.15, 0.15, 3, 1, 1)
-    back = level + draw(-0.15, 0.15, 3, 1, 1) + draw(-0.1, 0.1, 3, 1, 1) * x[:, None]
+    cover = np.clip(0.5 - in_pixels, 0, 1)  # 0 outside, 1 within, a soft edge of a pixel
+    level = draw(0.15, 0.85)
+    contrast = draw(0.3, 0.6)
+    front = level + np.where(level > 0.5, -contrast, contrast) + draw(-0.15, 0.15, 3)
+    back = level + draw(-0.15, 0.15, 3) + draw(-0.1, 0.1, 3) * x
     noise = 0.04 * rng.standard_normal(back.shape, np.float32)
     image = back + (cover * (front - back) + noise)
     pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
