@@ -1259,11 +1259,10 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
     if temperature >= FLOAT32_OK:
         log_sums = _PairSums.apply(x, first, last).log()
     else:  # whole rows, whose maximum logsumexp subtracts; in float64, which autocast leaves alone
-        row = torch.arange(first, last, device=x.device)[:, None]
-        column = torch.arange(len(x), device=x.device) % len(pairs[0])
-        # The mask: a row's own column and its pair's. If N = 1, that is all, and the loss is 0; the
+        # Each row's own column and its pair's. If N = 1, that is all, and the loss is 0; the
         # gradient of logsumexp is NaN then, but masked_fill passes none on.
-        products = (pairs[:, first:last] @ x.T).masked_fill(row == column, -torch.inf)
+        mask = torch.eye(len(pairs[0]), dtype=torch.bool, device=x.device).repeat(1, 2)
+        products = (pairs[:, first:last] @ x.T).masked_fill(mask[first:last], -torch.inf)
         log_sums = products.logsumexp(2)  # (2, last - first)
     return _negative_log_softmax(positive, log_sums).sum()
 
