@@ -202,8 +202,8 @@ class OnDisk:
         found = f"{self.path(index)!r} and {len(unreadable) - 1} files after it"
         raise DataError(f"{found} can't be read as images (the first: {unreadable[index]})")
 
-    def note_broken(self, unreadable: dict[int, str]) -> None:
-        """Names each unreadable file once, on stderr.
+    def note_broken(self, unreadable: dict[int, str], tell: bool = True) -> None:
+        """Counts each unreadable file once, and names it on stderr if asked to `tell`.
 
         Raises DataError once more than one and more than 1 % of the files are unreadable. Each rank
         counts those that it has met.
@@ -212,7 +212,8 @@ class OnDisk:
             if self.files[i] not in self.broken:
                 self.broken.add(self.files[i])
                 line = f"unreadable image, replaced by the next one: {self.path(i)!r} ({reason})"
-                print(line, file=sys.stderr, flush=True)
+                if tell:
+                    print(line, file=sys.stderr, flush=True)
         if len(self.broken) > max(1, 0.01 * self.total):
             found = f"{len(self.broken)} of {self.total} images in {os.fsdecode(self.folder)!r}"
             raise DataError(f"{found} can't be read (limit 1 %): repair or remove the ones above")
@@ -229,7 +230,8 @@ def _decode(content: bytes) -> Tensor:
             return decode_image(pixels, mode="RGB")
         except RuntimeError:  # of a rare kind, or damaged
             pass
-    from PIL import Image  # comes with torchvision, whose decoder ends the process at a damaged PNG
+    # All other formats by Pillow: at a damaged PNG torchvision's decoder ends the process.
+    from PIL import Image  # comes with torchvision
 
     with Image.open(io.BytesIO(content)) as image:
         if image.format == "TIFF" and image.mode in ("I", "F"):
@@ -426,8 +428,7 @@ def _hold(images: OnDisk) -> Images:
                 return images  # not of one size; unreadable ones are named when they are shown
             pixels[i] = image
             broken.update(unreadable)
-    if _ranks()[0] == 0:  # all ranks have read the same files
-        images.note_broken(broken)
+    images.note_broken(broken, tell=_ranks()[0] == 0)  # all ranks have read the same files
     return InMemory(pixels, images.labels)
 
 
@@ -592,8 +593,8 @@ class Batches:
         layout = torch.channels_last  # as decoders and resizing have them
         crops = [torch.empty(shape, dtype=torch.uint8, memory_format=layout) for shape in shapes]
         if torch.utils.data.get_worker_info():
-            # Else the loader does it, in a thread: if /dev/shm is full, this dies without a word,
-            # and the trainer waits for ever (seen with torch 2.14).
+            # The loader would do so later, in a thread, which dies without a word if /dev/shm is
+            # full: the trainer would wait for ever (seen with torch 2.14).
             crops = [crop.share_memory_() for crop in crops]
         unreadable = {}
         for start in range(0, len(rows), 8):  # a few at a time, because decoded images are large
@@ -766,7 +767,7 @@ class Augment:
         Without `crop`: of images that a worker has cropped, resized and flipped already.
         """
         if u is None:
-            return self.centre(images)
+            return self.centre(images)  # what has the size of a view already stays as it is
         count, device = len(images), images.device
         if crop:
             boxes, flips = self.boxes(u, *images.shape[2:])
@@ -835,7 +836,7 @@ class Augment:
         tries = np.sqrt([area / ratio, area * ratio]).round()  # (2, n, 10): heights, widths
         fits = ((tries >= 1) & (tries <= sides[:, :, None])).all(0)
         none = ~fits.any(1)
-        # If none fits: all of a side, or what `ratio` allows of it.
+        # If none fits: all of a side, or what `ratio` allows beside all of the other.
         whole = np.round([sides[1] / self.ratio[0], sides[0] * self.ratio[1]]).clip(1, sides)
         crops = np.where(none, whole, tries[:, np.arange(len(u)), fits.argmax(1)])  # (2, n)
         room = sides - crops
@@ -1048,7 +1049,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     taps = (-0.5 * taps**2).clamp_(min=-60).exp_()
     taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]  # both sides, tap 0 once
     kernel = torch.cat([taps.flip(1), taps[:, 1:]], 1)  # (n, 2 radius + 1)
-    # Each row of a band (n, block, reach) is the kernel among zeros, one place further on.
+    # Row o of a band (n, block, reach) is the kernel after o zeros, so window block - 1 - o: flip.
     band = F.pad(kernel, (block - 1, block - 1)).unfold(1, reach, 1).flip(1)
     end = radius + blocks * block - size  # the last block is filled up
     if end >= size:
