@@ -6,11 +6,11 @@
     torchrun --nproc_per_node=8 mocov2_fusion.py --data imagenet     # ResNet-50, 8 GPUs
     python mocov2_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues from the last checkpoint. Changed settings of the training are
-refused, changed code is not noticed: for both give a new --run-dir, the folder of checkpoint.pt,
-backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's --arch, --stem
-and --image-size. --fusion-layers 0 is plain MoCo v2. Data, augmentation and losses are in
-common.py.
+The same command again continues from the last checkpoint. It refuses other settings of the
+training, and does not notice changed code: for both give a new --run-dir, where all is written:
+checkpoint.pt, backbone.pt, metrics.jsonl, views.png, neighbours.png. --eval needs the training's
+--arch, --stem and --image-size. --fusion-layers 0 is plain MoCo v2. Data, augmentation and losses
+are in common.py.
 
 Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
@@ -46,9 +46,8 @@ one, as D and N are flattened.) The layer learns from the loss, and is dropped a
 A query and its key may share something that is not of their image: a mark. If the keys of the queue
 lack it, the loss can fall by that alone, without images being compared. Marks could be
 
-- the index in the batch, for which Conv has weights of its own: it could print horizontal edges of
-  the other images on query 0 and key 0, and vertical ones on query 1 and key 1. Taken away by a
-  random order: see `fuse`;
+- the index in the batch, for which Conv has weights of its own. Taken away by a random order: see
+  `fuse`;
 - the statistics of batch norm, if a query and its key are made among the same images. Taken away
   under several ranks by another random order (see `keys`), not on a single one;
 - the batch: a fused query and its key contain a little of the images of their batch, the keys of
@@ -141,8 +140,9 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set. Other
 # images get the column `cifar10`, `stl10` or `imagenet100` by the size of the largest. A flag that
-# is given wins over its row. Without a flag, batch_size, warmup_epochs, a stem of None,
-# fusion_patch, queue_size and the size of a view are fitted to the images: see "settings" below.
+# is given wins over its row; an lr belongs to its optimizer: give both. Without a flag, batch_size,
+# warmup_epochs, a stem of None, fusion_patch, queue_size and the size of a view are fitted to the
+# images: see "settings" below.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar10",   "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -197,7 +197,7 @@ flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches an update, each with a loss of its own")
 flag("--lr", type=float, help="at 256 images an update; at n: lr * n/256, adamw lr * sqrt(n/256)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
-flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
+flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="each needs a --lr of its own")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
 flag("--arch", choices=ARCHS, metavar="NAME", help="resnet10 or any classifier of torchvision")
 flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3, 3x3 stride 2")
@@ -302,10 +302,10 @@ class Method(nn.Module):
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Fused images for the queries and for the keys.
 
-        By its weights for index 5 Conv could mark query 5 and key 5. Of the keys in the queue,
-        which are of all indices, only one in B would have this mark: nearly all negatives could be
-        told without a look at the images. Therefore the images of the keys are fused in a random
-        order, and put back: so key 5 gets the mark of the index at which its image was meanwhile.
+        By its weights for index 5 Conv could print a mark on query 5 and key 5, say horizontal
+        edges of the other images. Of the keys in the queue, which are of all indices, only one in B
+        would have it: nearly all negatives could be told by that. Therefore the images of the keys
+        are put in a random order, fused, and put back: key 5 has the mark of another index.
         """
         if self.args.fusion_layers == 0:
             return x1, x2
@@ -334,7 +334,8 @@ class Method(nn.Module):
     def update_key_encoder(self, step: int) -> None:
         """Only parameters are averaged: batch norms keep running averages of what they see."""
         named = dict(self.named_parameters())
-        names = [name for name in named if f"key_{name}" in named]  # what has a copy
+        # What has a copy, as backbone.conv1.weight, whose copy is key_backbone.conv1.weight.
+        names = [name for name in named if f"key_{name}" in named]
         keys = [named[f"key_{name}"] for name in names]
         queries = [named[name] for name in names]
         torch._foreach_lerp_(keys, queries, 1 - momentum(step, self.args))
@@ -360,12 +361,12 @@ class Method(nn.Module):
         - return a number whose mean over the ranks is the loss of all images, such as the mean over
           this rank's: DDP averages the gradients;
         - to compare images of different ranks: z = gather(z) of common.py is (WORLD B, d), with
-          this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
-          (more in common.py, above its losses);
+          this rank's rows from RANK * B on. Its backward gives z the sum of what the losses of all
+          ranks have for it, and DDP divides by WORLD (more in common.py, above its losses);
         - as common.py's losses do, cast to float32 (float64 may stay, for tests), and compute
           within `torch.autocast(DEVICE.type, enabled=False)`;
-        - log the same keys on all ranks, none of those that `train` and `log_progress` use; change
-          or remove `chance_loss` in fit_method, a number for the log;
+        - log the same keys on all ranks, and none of loss, std, epoch, lr, images_per_s,
+          seconds_left, data_wait; change or remove `chance_loss` in fit_method, for the log too;
         - `std` is of the embeddings' directions: it can't see them shrink.
         """
         if step % self.args.accumulate == 0:  # after each update; at first both are equal
@@ -654,7 +655,7 @@ def join_ranks() -> None:
     except ValueError as error:
         refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # without it only the GPUs' since 2.6
+    backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # torch 2.6 on would take NCCL alone
     long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=long)
 
@@ -984,7 +985,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A value may be missing at first, as those of curation.
+        # A value may begin later than others, as in simclr_curation.py.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     if not math.isfinite(values["loss"]):

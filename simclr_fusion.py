@@ -6,10 +6,11 @@
     torchrun --nproc_per_node=8 simclr_fusion.py --data imagenet     # ResNet-50, 8 GPUs
     python simclr_fusion.py --eval runs/NAME/backbone.pt --data ...  # no training
 
-The same command again continues from the last checkpoint. Changed settings of the training are
-refused, changed code is not noticed: for both give a new --run-dir, the folder of checkpoint.pt,
-backbone.pt, metrics.jsonl, views.png and neighbours.png. --eval needs the training's --arch, --stem
-and --image-size. --fusion-layers 0 is plain SimCLR. Data, augmentation and losses are in common.py.
+The same command again continues from the last checkpoint. It refuses other settings of the
+training, and does not notice changed code: for both give a new --run-dir, where all is written:
+checkpoint.pt, backbone.pt, metrics.jsonl, views.png, neighbours.png. --eval needs the training's
+--arch, --stem and --image-size. --fusion-layers 0 is plain SimCLR. Data, augmentation and losses
+are in common.py.
 
 Where to change what: the loss in `Method`, the views in `recipes`, the network in `build_backbone`,
 the settings of a data set in PRESETS, rates and decay in `parameter_groups`, where images come from
@@ -34,16 +35,14 @@ with a kernel of 3 x 3 also neighbours in an image: d + 1 is the next pixel in a
 n + 1 the next patch in a row of patches. (Where a row ends, the neighbour is the start of the next
 one, as D and N are flattened.) The layer learns from the loss, and is dropped after training.
 
-The two views of an image may share something that is not of the image: a mark. Then the loss can
-fall by that alone, without images being compared. Marks could be
+The two views of an image may share something that is not of the image: a mark. By that alone the
+loss can fall, without images being compared. Marks could be
 
-- the index in the batch, for which Conv has weights of its own: it could print horizontal edges of
-  the other images on both views of image 0, and vertical ones on those of image 1. Taken away by a
-  random order: see `fuse`;
+- the index in the batch, for which Conv has weights of its own. Taken away by a random order: see
+  `fuse`;
 - the rank, if there are several: the fused images of a rank all contain a little of its B images,
-  so the negatives of other ranks could be told by that, and their part of the loss fall. Not taken
-  away. In a short training the layer did not learn to use it, even at a hundred times its rate
-  (`python tests/marks.py`, one seed).
+  which tells them from the negatives of other ranks. Not taken away. In a short training the layer
+  did not learn to use it, even at a hundred times its rate (`python tests/marks.py`, one seed).
 
 Stated by the paper ("From Pretext to Purpose: Batch-Adaptive Self-Supervised Learning", arXiv
 2311.09974, abstract): the data of a batch are reduced and reconstructed; the samples communicate
@@ -125,8 +124,9 @@ DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if CUDA else "cpu")
 
 # The settings of published runs (sources and deviations: README), a column for each data set. Other
 # images get the column `cifar10`, `stl10` or `imagenet100` by the size of the largest. A flag that
-# is given wins over its row. Without a flag, batch_size, warmup_epochs, a stem of None,
-# fusion_patch and the size of a view are fitted to the images: see "settings" below.
+# is given wins over its row; an lr belongs to its optimizer: give both. Without a flag, batch_size,
+# warmup_epochs, a stem of None, fusion_patch and the size of a view are fitted to the images: see
+# "settings" below.
 # fmt: off
 DATA_SETS =             ("shapes",   "cifar10",   "stl10",     "imagenet100", "imagenet")
 PRESETS = {
@@ -176,7 +176,7 @@ flag("--batch-size", type=int, help="images a step, of all ranks together")
 flag("--accumulate", type=int, default=1, help="batches an update, each with a loss of its own")
 flag("--lr", type=float, help="at 256 images an update; at n: lr * n/256, adamw lr * sqrt(n/256)")
 flag("--weight-decay", type=float, help="for which parameters: see parameter_groups")
-flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="momentum .9, betas .9, .999")
+flag("--optimizer", choices=("lars", "larc", "sgd", "adamw"), help="each needs a --lr of its own")
 flag("--warmup-epochs", type=float, help="linear warm-up, before a cosine to 0")
 flag("--arch", choices=ARCHS, metavar="NAME", help="resnet10 or any classifier of torchvision")
 flag("--stem", choices=("imagenet", "small", "strided"), help="ResNet: 7x7, 3x3, 3x3 stride 2")
@@ -283,9 +283,10 @@ class Method(nn.Module):
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The fused views.
 
-        By its weights for index 0 Conv could mark both views of image 0, and no other. Therefore
-        view 2 is put in a random order, fused, and put back: so image 0 gets in view 2 the mark of
-        the index at which it was meanwhile.
+        By its weights for index 0 Conv could print, say, horizontal edges of the other images on
+        both views of image 0, by those for index 1 vertical edges on both views of image 1, and so
+        on: the loss would find pairs by these marks. Therefore view 2 is put in a random order,
+        fused, and put back: image 0 has in view 2 the mark of another index.
         """
         if self.args.fusion_layers == 0:
             return x1, x2
@@ -302,12 +303,12 @@ class Method(nn.Module):
         - return a number whose mean over the ranks is the loss of all images, such as the mean over
           this rank's: DDP averages the gradients;
         - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
-          this rank's rows from RANK * B on. Its backward sums over the ranks what DDP then averages
-          (more in common.py, above its losses);
+          this rank's rows from RANK * B on. Its backward gives z the sum of what the losses of all
+          ranks have for it, and DDP divides by WORLD (more in common.py, above its losses);
         - as common.py's losses do, cast to float32 (float64 may stay, for tests), and compute
           within `torch.autocast(DEVICE.type, enabled=False)`;
-        - log the same keys on all ranks, none of those that `train` and `log_progress` use; change
-          or remove `chance_loss` in fit_method, a number for the log;
+        - log the same keys on all ranks, and none of loss, std, epoch, lr, images_per_s,
+          seconds_left, data_wait; change or remove `chance_loss` in fit_method, for the log too;
         - `std` is of the embeddings' directions: it can't see them shrink.
         """
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
@@ -582,7 +583,7 @@ def join_ranks() -> None:
     except ValueError as error:
         refuse(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}")
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # without it only the GPUs' since 2.6
+    backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"  # torch 2.6 on would take NCCL alone
     long = timedelta(hours=2)  # rank 0 may have to download, while the others wait
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=long)
 
@@ -912,7 +913,7 @@ def log_progress(
     """Means over the steps of `history` and over the ranks, and the speed since `began`."""
     values = {"epoch": done / args.epoch_steps}
     for key in history[-1]:
-        # A value may be missing at first, as those of curation.
+        # A value may begin later than others, as in simclr_curation.py.
         mean = torch.stack([entry[key] for entry in history if key in entry]).mean()
         values[key] = sum_over_ranks(mean).item() / WORLD
     if not math.isfinite(values["loss"]):
