@@ -1150,17 +1150,17 @@ def _checked(*tensors: Tensor) -> list[Tensor]:
 FLOAT32_OK = 0.025
 
 
-def _unit(z: Tensor, temperature: float, dim: int, eps: float) -> Tensor:
-    """z scaled so that products of its vectors along `dim` are cosines / temperature.
+def _unit(z: Tensor, temperature: float, eps: float = 1e-24) -> Tensor:
+    """z (N, D), its rows scaled so that their products are cosines / temperature.
 
-    In float64 for a temperature below FLOAT32_OK. eps is added to the squared norm: vectors much
+    In float64 for a temperature below FLOAT32_OK. eps is added to the squared norm: rows much
     shorter than sqrt(eps), perhaps mere rounding errors, come out near 0.
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be greater than 0, got {temperature}")
     if temperature < FLOAT32_OK:
         z = z.double()
-    return z * (temperature * (z.square().sum(dim, keepdim=True) + eps)).rsqrt()
+    return z * (temperature * (z.square().sum(1, keepdim=True) + eps)).rsqrt()
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
@@ -1172,7 +1172,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     """
     z1, z2 = _checked(z1, z2)
     z = torch.cat([gather(z1), gather(z2)])
-    x = _unit(z, temperature, dim=1, eps=1e-24)
+    x = _unit(z, temperature)
     first = _ranks()[0] * len(z1)
     loss = _pair_loss(x, first, first + len(z1), temperature)
     return (loss / (2 * len(z1))).to(z1.dtype)
@@ -1189,8 +1189,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
     if queue.ndim != 2 or queue.shape[1] != q.shape[1]:
         raise ValueError(f"the queue must be (K, {q.shape[1]}), got {tuple(queue.shape)}")
     dtype = q.dtype
-    q = _unit(q, temperature, dim=1, eps=1e-24)
-    k = _unit(k, temperature, dim=1, eps=1e-24)
+    q = _unit(q, temperature)
+    k = _unit(k, temperature)
     keys = queue.detach().to(q.dtype)
     # q . k is cosine / t, as `_unit` gave both the norm t^-1/2. The queue's keys have norm 1.
     rows = q / math.sqrt(temperature)
@@ -1246,7 +1246,7 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     width = z1.shape[1]
     z = torch.cat([gather(z1), gather(z2)], 1)
     # A greater eps than that of rows: centring leaves rounding errors in a constant column.
-    x = _unit(z - z.mean(0), temperature, dim=0, eps=1e-12).T
+    x = _unit((z - z.mean(0)).T, temperature, eps=1e-12)
     first = rank * width // world
     last = (rank + 1) * width // world
     loss = _pair_loss(x, first, last, temperature)
