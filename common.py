@@ -1198,7 +1198,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> T
         log_sums = _QueueSums.apply(rows, keys).log()
     else:  # in float64, which autocast leaves alone
         log_sums = (rows @ keys.T).logsumexp(1)
-    return _negative_log_softmax((q * k).sum(1), log_sums).mean().to(dtype)
+    return F.softplus(log_sums - (q * k).sum(1)).mean().to(dtype)  # see _pair_loss
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
@@ -1265,15 +1265,9 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
         mask = torch.eye(len(pairs[0]), dtype=torch.bool, device=x.device).repeat(1, 2)
         products = (pairs[:, first:last] @ x.T).masked_fill(mask[first:last], -torch.inf)
         log_sums = products.logsumexp(2)  # (2, last - first)
-    return _negative_log_softmax(positive, log_sums).sum()
-
-
-def _negative_log_softmax(positive: Tensor, log_sums: Tensor) -> Tensor:
-    """-log(e^p / (e^p + S)) = log(1 + S / e^p), where S is the sum over the negatives alone.
-
-    Thus a loss near 0 keeps its digits.
-    """
-    return F.softplus(log_sums - positive)
+    # -log(e^p / (e^p + S)) = log(1 + S / e^p), where S is the sum over the negatives alone: thus a
+    # loss near 0 keeps its digits.
+    return F.softplus(log_sums - positive).sum()
 
 
 # The sums of exponentials, which are large: made in blocks, with gradients of our own. Not needed
