@@ -1219,10 +1219,8 @@ def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> T
     each column standardised over the batch of all ranks. Without information: about D. Raises
     ValueError.
     """
-    z1, z2 = _checked(z1, z2)
     with torch.autocast(z1.device.type, enabled=False):
-        a = F.batch_norm(gather(z1), None, None, training=True)
-        b = F.batch_norm(gather(z2), None, None, training=True)
+        a, b = (F.batch_norm(gather(z), None, None, training=True) for z in _checked(z1, z2))
         n, width = a.shape
         diagonal = (a * b).mean(0)
         if n < width:
