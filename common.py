@@ -1208,8 +1208,7 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     detached. Raises ValueError.
     """
     p, z = _checked(p, z)
-    cosine = (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)
-    return (2 - 2 * cosine).mean()
+    return (2 - 2 * F.cosine_similarity(p, z)).mean()
 
 
 def barlow_twins(z1: Tensor, z2: Tensor, redundancy_weight: float = 0.0051) -> Tensor:
