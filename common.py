@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchvision import datasets
 from torchvision.io import decode_image
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, resize
 
 # torchvision 0.29 announces at every image that its decoder will be removed. Then `_decode` will
 # have to use Pillow for all formats.
@@ -804,9 +804,7 @@ class Augment:
         boxes, _ = self.centre_boxes(*images.shape[2:])
         top, left, side, _ = boxes[0]
         x = images[:, :, top : top + side, left : left + side].float() / 255
-        if side != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.normalise(x)
+        return self.normalise(resize(x, [self.size, self.size]))
 
     def normalise(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, h, w) in [0, 1], changed in place to zero mean and unit deviation."""
