@@ -582,10 +582,10 @@ class Batches:
             numbers.append(np.split(drawn, self.world)[self.rank])
         return numbers
 
-    def crops(self, step: int) -> tuple[list[Tensor], dict[int, str]]:
-        """What a data worker makes of the images of a step on disk: crops for all views.
+    def crops(self, step: int) -> tuple[np.ndarray, list, list[Tensor], dict[int, str]]:
+        """What a data worker makes of images on disk, which it decodes once for all views.
 
-        Decodes each file once. Returns for each recipe (B, 3, size, size) uint8, and the unreadable
+        Returns `rows`, `numbers`, for each recipe (B, 3, size, size) uint8, and the unreadable
         images, as `read` does.
         """
         rows, numbers = self.rows(step), self.numbers(step)
@@ -612,7 +612,7 @@ class Batches:
                     boxes, flips = recipe.boxes(u[part], heights, widths)
                 for image, box, flip, crop in zip(images, boxes, flips, out[part], strict=True):
                     _crop_bytes(image, box, flip, crop)
-        return crops, unreadable
+        return rows, numbers, crops, unreadable
 
     def stream(self, steps: Sequence[int], device: torch.device, workers: int = 0) -> Iterator:
         """Yields for each step the image indices (B,), those of `rows`, and a list of the views.
@@ -630,12 +630,11 @@ class Batches:
                 yield rows, [recipe.apply(images, u) for recipe, u in pairs]
             return
         loaded = _load(self.crops, steps, workers, pin_memory=device.type == "cuda")
-        for step, (crops, unreadable) in zip(steps, loaded, strict=True):
+        for rows, numbers, crops, unreadable in loaded:
             self.images.note_broken(unreadable)
             crops = [crop.to(device, non_blocking=True) for crop in crops]
-            numbers = self.numbers(step)  # drawn again, the same as in the worker
             triples = zip(self.recipes, crops, numbers, strict=True)
-            yield self.rows(step), [recipe.apply(x, u, crop=False) for recipe, x, u in triples]
+            yield rows, [recipe.apply(x, u, crop=False) for recipe, x, u in triples]
 
 
 def _crop_bytes(image: Tensor, box: np.ndarray, flip: bool, out: Tensor) -> None:
