@@ -1168,11 +1168,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     temperatures below .025 quadratic. Raises ValueError.
     """
     z1, z2 = _checked(z1, z2)
-    z = torch.cat([gather(z1), gather(z2)])
-    x = _unit(z, temperature)
-    first = _ranks()[0] * len(z1)
-    loss = _pair_loss(x, first, first + len(z1), temperature)
-    return (loss / (2 * len(z1))).to(z1.dtype)
+    x = _unit(torch.cat([gather(z1), gather(z2)]), temperature)
+    return _pair_loss(x, temperature).to(z1.dtype)
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2) -> Tensor:
@@ -1236,20 +1233,21 @@ def dimcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     information: log(2D - 1). The ranks take shares of the D pairs, perhaps none. Raises ValueError.
     """
     z1, z2 = _checked(z1, z2)
-    rank, world = _ranks()
-    width = z1.shape[1]
     z = torch.cat([gather(z1), gather(z2)], 1)
     # A greater eps than that of rows: centring leaves rounding errors in a constant column.
     x = _unit((z - z.mean(0)).T, temperature, eps=1e-12)
-    first = rank * width // world
-    last = (rank + 1) * width // world
-    loss = _pair_loss(x, first, last, temperature)
-    return (loss * world / (2 * width)).to(z1.dtype)  # so that the ranks' mean is the whole
+    return _pair_loss(x, temperature).to(z1.dtype)
 
 
-def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
-    """Summed loss of the pairs first ... last - 1. Pair i is the rows i and i + N of x (2N, d)."""
+def _pair_loss(x: Tensor, temperature: float) -> Tensor:
+    """Mean loss of the rows of x (2N, d), of which i and i + N are a pair.
+
+    Under several ranks: W times this rank's share of it, that of the pairs first ... last - 1.
+    """
+    rank, world = _ranks()
     pairs = x.unflatten(0, (2, -1))  # (2, N, d)
+    first = rank * len(pairs[0]) // world
+    last = (rank + 1) * len(pairs[0]) // world
     positive = (pairs[0] * pairs[1]).sum(1)[first:last]
     if temperature >= FLOAT32_OK:
         log_sums = _PairSums.apply(x, first, last).log()
@@ -1261,7 +1259,7 @@ def _pair_loss(x: Tensor, first: int, last: int, temperature: float) -> Tensor:
         log_sums = products.logsumexp(2)  # (2, last - first)
     # -log(e^p / (e^p + S)) = log(1 + S / e^p), where S is the sum over the negatives alone: thus a
     # loss near 0 keeps its digits.
-    return F.softplus(log_sums - positive).sum()
+    return F.softplus(log_sums - positive).sum() * world / len(x)
 
 
 # The sums of exponentials, which are large: made in blocks, with gradients of our own. Not needed
