@@ -95,11 +95,12 @@ def _check_labels(labels: np.ndarray | None, count: int) -> None:
         raise ValueError(f"labels must be int64 ({count},), from 0 on, got {found}")
 
 
-def _crc32(content: np.ndarray, labels: np.ndarray | None) -> int:
-    checksum = zlib.crc32(np.ascontiguousarray(content))
-    if labels is None:
-        return checksum
-    return zlib.crc32(np.ascontiguousarray(labels), checksum)
+def _crc32(*arrays: np.ndarray | None) -> int:
+    checksum = 0
+    for array in arrays:
+        if array is not None:
+            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    return checksum
 
 
 @dataclass
@@ -923,8 +924,8 @@ def _resize_matrix(start: Tensor, length: Tensor, flip: Tensor, side: int, size:
     0 at a distance of 1 pixel, or of length / size pixels where the crop shrinks. Their sum is 1.
     """
     pixel = torch.arange(side, device=start.device) + 0.5 - start
-    inside = (pixel > 0) & (pixel < length)
-    pixel = torch.where(inside, pixel, torch.inf)  # the clamp below makes the others' weight 0
+    # Outside of the crop: infinitely far, for a weight of 0.
+    pixel = torch.where((pixel > 0) & (pixel < length), pixel, torch.inf)
     output = torch.arange(size, device=start.device)[:, None] + 0.5
     output = torch.where(flip > 0, size - output, output) * (length / size)
     slope = (size / length).clamp(max=1)
