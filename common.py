@@ -214,7 +214,7 @@ class OnDisk:
                 self.broken.add(self.files[i])
                 line = f"unreadable image, replaced by the next one: {self.path(i)!r} ({reason})"
                 if tell:
-                    print(line, file=sys.stderr, flush=True)
+                    print(line, file=sys.stderr)
         if len(self.broken) > max(1, 0.01 * self.total):
             found = f"{len(self.broken)} of {self.total} images in {os.fsdecode(self.folder)!r}"
             raise DataError(f"{found} can't be read (limit 1 %): repair or remove the ones above")
@@ -377,7 +377,7 @@ def _list_images(folder: Path) -> tuple[OnDisk, list[str]]:
         found = f"{len(stray)} of {len(files)} images lie outside of the class folders"
         hint = "to keep the labels, move such files away"
         line = f"{found}, such as {stray[0]!r}: all images count as unlabelled; {hint}"
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr)
     return OnDisk(folder, np.array(files)), []
 
 

@@ -422,7 +422,7 @@ def fit_method(args: Namespace, given: Namespace) -> None:
         args.curation_candidates = min(2, batches)
         if args.curation != "off" and batches == 1 and RANK == 0:
             found = f"{args.images} images are less than two batches"
-            print(f"no curation: {found}; for it lower --batch-size", file=sys.stderr, flush=True)
+            print(f"no curation: {found}; for it lower --batch-size", file=sys.stderr)
     args.curation_step = round(args.curation_start * args.steps)
     if args.curation == "off" or args.curation_candidates == 1:
         args.curation_step = args.steps  # never
