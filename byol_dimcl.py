@@ -71,11 +71,11 @@ from torchvision.utils import save_image
 # - folder_of tells in which folder, if any.
 # - Batches(images, recipes, batch_size, seed=None, rank=0, world=1) has a method
 #   stream(steps, device, workers=0), which yields for a step the indices of this rank's images and
-#   a list of their views, one for each recipe: (batch_size / world, 3, size, size). They depend on
-#   the step's number, seed and batch alone. Each pass draws a new random order of images, cut into
-#   whole batches; the rest is left out. Without a seed, for evaluation: all images in their
-#   order, the last batch smaller, each as its centre square (7/8 of it for views above 96 px),
-#   resized.
+#   a list of their views, one for each recipe: (batch_size / world, 3, size, size).
+#   With a seed: random views, a function of the step's number, seed and batch_size alone. Each pass
+#   draws a new random order of images, cut into whole batches; the rest is left out.
+#   Without, for evaluation: all images in their order, the last batch smaller, each as its centre
+#   square (7/8 of it for views above 96 px), resized.
 # - Images offers the same for images in memory and on disk: sizes, labels, take(rows), checksum.
 # - Augment holds the settings of a view, its recipe: size; scale and ratio of the crop; flip,
 #   jitter, gray, blur, solarize: probabilities; brightness, contrast, saturation, hue, sigma:
@@ -323,6 +323,7 @@ def fit_preset(given: Namespace, images: Images) -> Namespace:
     else:
         column = "imagenet100"
     preset = {key: row[DATA_SETS.index(column)] for key, row in PRESETS.items()}
+    # To argparse a value that the namespace has already is a default.
     args = parser.parse_args(namespace=Namespace(preset=column, **preset))
     if given.image_size is None:
         args.image_size = max(8, side) if side <= 128 else 224
