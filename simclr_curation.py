@@ -292,8 +292,8 @@ class Method(nn.Module):
           ranks have for it, and DDP divides by WORLD (more in common.py, above its losses);
         - as common.py's losses do, cast to float32 (float64 may stay, for tests), and compute
           within `torch.autocast(DEVICE.type, enabled=False)`;
-        - log the same keys on all ranks, and none of loss, std, epoch, lr, images_per_s,
-          seconds_left, data_wait; change or remove `chance_loss` in fit_method, for the log too;
+        - log the same keys on all ranks, and none of event, step, loss, std, epoch, lr,
+          images_per_s, seconds_left, data_wait; change or remove `chance_loss` in fit_method;
         - `std` is of the embeddings' directions: it can't see them shrink.
         """
         to_log = {}

@@ -283,10 +283,10 @@ class Method(nn.Module):
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The fused views.
 
-        By its weights for index 0 Conv could print, say, horizontal edges of the other images on
-        both views of image 0, by those for index 1 vertical edges on both views of image 1, and so
-        on: the loss would find pairs by these marks. Therefore view 2 is put in a random order,
-        fused, and put back: image 0 has in view 2 the mark of another index.
+        Conv has other weights for each index, and an image has the same index in both views. So
+        Conv could mark both views of image 0 alike, say by horizontal edges of the other images,
+        and those of image 1 by vertical ones, and the loss would find pairs by the marks. Therefore
+        view 2 is put in a random order, fused, and put back: there image 0 has another mark.
         """
         if self.args.fusion_layers == 0:
             return x1, x2
@@ -307,8 +307,8 @@ class Method(nn.Module):
           ranks have for it, and DDP divides by WORLD (more in common.py, above its losses);
         - as common.py's losses do, cast to float32 (float64 may stay, for tests), and compute
           within `torch.autocast(DEVICE.type, enabled=False)`;
-        - log the same keys on all ranks, and none of loss, std, epoch, lr, images_per_s,
-          seconds_left, data_wait; change or remove `chance_loss` in fit_method, for the log too;
+        - log the same keys on all ranks, and none of event, step, loss, std, epoch, lr,
+          images_per_s, seconds_left, data_wait; change or remove `chance_loss` in fit_method;
         - `std` is of the embeddings' directions: it can't see them shrink.
         """
         # One forward of both: batch norm sees the statistics of both views together, as SimCLR's.
