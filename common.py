@@ -1031,9 +1031,9 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur of x (n, 3, s, s), of 2 radius + 1 taps, with a sigma (n,) for each sample.
 
     As a product with a matrix for the rows, then one for the columns. Output o weights pixel j with
-    tap |j - o|, so the matrix is a band. To skip its zeros: `block` neighbouring outputs
-    need only `reach` = block + 2 radius pixels, and one small matrix (block, reach) serves all
-    blocks of both directions. For block 2, radius 1, taps a at 0, b at 1:
+    tap |j - o|, so the matrix is a band. To skip its zeros: `block` neighbouring outputs need only
+    `reach` = block + 2 radius pixels, and one small matrix (block, reach) serves all blocks of both
+    directions. For block 2, radius 1, taps a at 0, b at 1:
 
         b a b 0    gives outputs 0, 1 from pixels -1 to 2, outputs 2, 3 from pixels 1 to 4, ...
         0 b a b
@@ -1042,28 +1042,21 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     blocks = math.ceil(size / 32)
     block = math.ceil(size / blocks)
     reach = block + 2 * radius
-    taps = torch.arange(radius + 1, device=x.device) / sigma[:, None]  # (n, radius + 1)
+    distance = torch.arange(-radius, radius + 1, device=x.device) / sigma[:, None]
     # At least e^-60: products with denormal numbers take twenty times as long.
-    taps = (-0.5 * taps**2).clamp_(min=-60).exp_()
-    taps /= 2 * taps.sum(1, keepdim=True) - taps[:, :1]  # both sides, tap 0 once
-    kernel = torch.cat([taps.flip(1), taps[:, 1:]], 1)  # (n, 2 radius + 1)
+    kernel = (-0.5 * distance**2).clamp_(min=-60).exp_()  # (n, 2 radius + 1)
+    kernel /= kernel.sum(1, keepdim=True)
     # Row o of a band (n, block, reach) is the kernel after o zeros, so window block - 1 - o: flip.
     band = F.pad(kernel, (block - 1, block - 1)).unfold(1, reach, 1).flip(1)
     end = radius + blocks * block - size  # the last block is filled up
     if end >= size:
         raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
-    x = _times_band(x, band)  # blurred along w, now (n, 3, w, h)
-    x = _times_band(x, band)  # blurred along h, now (n, 3, h, w)
+    for _ in range(2):  # along w, then along h: w and h change places each time
+        pixels = x.unfold(3, reach, block)  # (n, 3, h, blocks, reach), of each block
+        outputs = pixels.flatten(1, 3) @ band.mT  # (n, 3 h blocks, block)
+        x = outputs.view(len(x), 3, x.shape[2], -1).mT
     return x[:, :, :size, :size]
-
-
-def _times_band(x: Tensor, band: Tensor) -> Tensor:
-    """Blurs x (n, 3, h, w) along w by band (n, block, reach); returns (n, 3, blocks * block, h)."""
-    n, block, reach = band.shape
-    pixels = x.unfold(3, reach, block)  # (n, 3, h, blocks, reach), of each block
-    outputs = pixels.flatten(1, 3) @ band.mT  # (n, 3 h blocks, block): sum_j band[o, j] pixels[j]
-    return outputs.view(n, 3, x.shape[2], -1).mT
 
 
 SIMCLR = Augment()
