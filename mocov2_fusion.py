@@ -302,10 +302,11 @@ class Method(nn.Module):
     def fuse(self, x1: Tensor, x2: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Fused images for the queries and for the keys.
 
-        By its weights for index 5 Conv could print a mark on query 5 and key 5, say horizontal
-        edges of the other images. Of the keys in the queue, which are of all indices, only one in B
-        would have it: nearly all negatives could be told by that. Therefore the images of the keys
-        are put in a random order, fused, and put back: key 5 has the mark of another index.
+        Conv has other weights for each index, and a query has the same index as its key. So Conv
+        could mark query 5 and key 5 alike, say by horizontal edges of the other images. The queue
+        has keys of all indices, only one in B of index 5: nearly all negatives would lack the mark,
+        and be told by that. Therefore the images of the keys are put in a random order, fused, and
+        put back: then key 5 has another mark.
         """
         if self.args.fusion_layers == 0:
             return x1, x2
@@ -574,8 +575,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad. With --accumulate that is G + g_r on rank r, where G, of the batches
-        # before, is equal on all ranks already: mean_r(G + g_r) = G + mean_r(g_r).
+        # DDP averages all of .grad, not only what this backward adds. With --accumulate that is
+        # G + g_r on rank r, where G, of the batches before, is equal on all ranks already:
+        # mean_r(G + g_r) = G + mean_r(g_r).
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -632,7 +634,7 @@ def main() -> None:
 
 # ------------------------------------------------------ machinery: the same in all five scripts
 #
-# In the order of a run: ranks, network, optimizer, log, checkpoint, probe, pictures.
+# In the order of a run: ranks, network, optimizer, log, checkpoint, evaluation.
 
 
 def join_ranks() -> None:
@@ -675,8 +677,8 @@ def autocast(args: Namespace) -> torch.autocast:
 def build_backbone(args: Namespace) -> nn.Module:
     """A classifier of torchvision without its head, a function of the seed.
 
-    For a network of your own, (N, 3, H, W) -> (N, d), make it here instead, with an attribute
-    num_features, which is d. Under DDP all of its parameters must take part in the loss.
+    For a network of your own, (N, 3, H, W) -> (N, d), put net = ... and net.num_features = d in
+    place of try and except. Under DDP all of its parameters must take part in the loss.
     """
     torch.manual_seed(args.seed)
     try:

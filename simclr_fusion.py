@@ -502,8 +502,9 @@ def train(backbone: nn.Module, data: Data, args: Namespace, log: "Log") -> None:
 
         with autocast(args):
             loss, to_log, z = parallel(*views, step)
-        # DDP averages .grad. With --accumulate that is G + g_r on rank r, where G, of the batches
-        # before, is equal on all ranks already: mean_r(G + g_r) = G + mean_r(g_r).
+        # DDP averages all of .grad, not only what this backward adds. With --accumulate that is
+        # G + g_r on rank r, where G, of the batches before, is equal on all ranks already:
+        # mean_r(G + g_r) = G + mean_r(g_r).
         scaler.scale(loss / args.accumulate).backward()
         done = step + 1
         if done % args.accumulate == 0:
@@ -560,7 +561,7 @@ def main() -> None:
 
 # ------------------------------------------------------ machinery: the same in all five scripts
 #
-# In the order of a run: ranks, network, optimizer, log, checkpoint, probe, pictures.
+# In the order of a run: ranks, network, optimizer, log, checkpoint, evaluation.
 
 
 def join_ranks() -> None:
@@ -603,8 +604,8 @@ def autocast(args: Namespace) -> torch.autocast:
 def build_backbone(args: Namespace) -> nn.Module:
     """A classifier of torchvision without its head, a function of the seed.
 
-    For a network of your own, (N, 3, H, W) -> (N, d), make it here instead, with an attribute
-    num_features, which is d. Under DDP all of its parameters must take part in the loss.
+    For a network of your own, (N, 3, H, W) -> (N, d), put net = ... and net.num_features = d in
+    place of try and except. Under DDP all of its parameters must take part in the loss.
     """
     torch.manual_seed(args.seed)
     try:
