@@ -834,7 +834,7 @@ class Augment:
         tries = np.sqrt([area / ratio, area * ratio]).round()  # (2, n, 10): heights, widths
         fits = ((tries >= 1) & (tries <= sides[:, :, None])).all(0)
         none = ~fits.any(1)
-        # If none fits: all of a side, or what `ratio` allows beside all of the other.
+        # If none fits: the height that `ratio` allows beside all of the width, and the width.
         whole = np.round([sides[1] / self.ratio[0], sides[0] * self.ratio[1]]).clip(1, sides)
         crops = np.where(none, whole, tries[:, np.arange(len(u)), fits.argmax(1)])  # (2, n)
         room = sides - crops
@@ -1052,7 +1052,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     if end >= size:
         raise ValueError(f"views of {size} px are too small for a blur of radius {radius}")
     x = F.pad(x, (radius, end, radius, end), mode="reflect")
-    for _ in range(2):  # along w, then along h: w and h change places each time
+    for _ in range(2):  # (n, 3, h, w) -> (n, 3, w, h), blurred along w; then the same along h
         pixels = x.unfold(3, reach, block)  # (n, 3, h, blocks, reach), of each block
         outputs = pixels.flatten(1, 3) @ band.mT  # (n, 3 h blocks, block)
         x = outputs.view(len(x), 3, x.shape[2], -1).mT
@@ -1070,8 +1070,9 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 # Under several ranks each loss is given this rank's rows z_r and gathers the others' where its
 # formula needs them (info_nce and byol_loss need none). On rank r of W it returns L_r. The rule for
 # a new loss: the mean (L_0 + L_1 + ...) / W must be the loss of the whole batch. So L_r is the mean
-# over this rank's rows (nt_xent), or the same whole loss on each rank (barlow_twins), or W times
-# this rank's share of it (dimcl). Then parameters p get the right gradient,
+# over this rank's rows (info_nce), or W times this rank's share of it (dimcl; for nt_xent this is
+# the mean over its rows), or the whole loss on each rank (barlow_twins). Then parameters p get the
+# right gradient,
 #
 #     1/W sum_r  d(L_0 + L_1 + ...)/dz_r  dz_r/dp
 #

@@ -302,9 +302,10 @@ class Method(nn.Module):
         For a loss of your own:
         - return a number whose mean over the ranks is the loss of all images, such as the mean over
           this rank's: DDP averages the gradients;
-        - to compare images of different ranks, import `gather`: z = gather(z) is (WORLD B, d), with
-          this rank's rows from RANK * B on. Its backward gives z the sum of what the losses of all
-          ranks have for it, and DDP divides by WORLD (more in common.py, above its losses);
+        - to compare images of different ranks, import `gather`: it gives (WORLD B, d), with this
+          rank's rows from RANK * B on. As in loss = (z - gather(z).mean(0)).square().sum(1).mean():
+          the backward of gather gives z the sum of what the losses of all ranks have for it, and
+          DDP divides by WORLD (more in common.py, above its losses);
         - as common.py's losses do, cast to float32 (float64 may stay, for tests), and compute
           within `torch.autocast(DEVICE.type, enabled=False)`;
         - log the same keys on all ranks, and none of event, step, loss, std, epoch, lr,
