@@ -826,14 +826,14 @@ class Augment:
         centre of the image: all of its height if it is too wide for `ratio`, all of its width if it
         is too tall, all of it if neither.
         """
-        sides = np.stack(np.atleast_1d(height, width))  # (2, n), or (2, 1) where all are alike
+        sides = np.stack([np.broadcast_to(side, len(u)) for side in (height, width)])  # (2, n)
         low, high = np.log(self.ratio)
         ratio = np.exp(low + u["ratio"] * (high - low))
         low, high = self.scale
         area = (low + u["area"] * (high - low)) * sides.prod(0)[:, None]
         tries = np.sqrt([area / ratio, area * ratio]).round()  # (2, n, 10): heights, widths
-        fits = ((tries >= 1) & (tries <= sides[:, :, None])).all(0)
-        none = ~fits.any(1)
+        fits = ((tries >= 1) & (tries <= sides[:, :, None])).all(0)  # (n, 10)
+        none = ~fits.any(1)  # (n,)
         # If none fits: the height that `ratio` allows beside all of the width, and the width.
         whole = np.round([sides[1] / self.ratio[0], sides[0] * self.ratio[1]]).clip(1, sides)
         crops = np.where(none, whole, tries[:, np.arange(len(u)), fits.argmax(1)])  # (2, n)
@@ -1086,8 +1086,8 @@ BYOL_VIEWS = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))  # also those of Ba
 #
 # where the last line takes z itself: the other ranks' losses meet z by `centre` alone. To test
 # it: z_r.grad / W must be rank r's rows of the gradient of the whole loss. (Trained weights are no
-# measure. AdamW magnifies rounding in those without a gradient, and on CPUs each rank's batch norms
-# see its own images alone.)
+# measure. Where the gradient is 0 but for rounding, as of a bias before a norm, AdamW makes whole
+# steps of the rounding; and on CPUs each rank's batch norms see its own images alone.)
 #
 # Everything is computed in float32 (float64 if given), whatever the autocast state: products of
 # matrices, which autocast would round, need torch.autocast(..., enabled=False) around them. All
