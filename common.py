@@ -261,11 +261,11 @@ def load_data(name_or_path: str, root: str = "data") -> Data:
     """Finds the images that `name_or_path` stands for.
 
     Names: `shapes` (drawn, no files); `cifar10`, `cifar100`, `stl10` (downloaded by rank 0 into
-    `root`, which several machines have to share, checksums verified); `imagenet`, `imagenet100`
-    (folders `train/` and `val/` under `root/NAME`). Anything else is a path of a folder: with
-    `train/` and `val/`, which hold class folders; or with class folders, of which a fixed tenth of
-    the images becomes `val`, the others `train` and `pretrain`; or with images in any arrangement,
-    without labels. Raises DataError.
+    `root`, which several machines have to share, checksums verified; of `stl10` all but the test
+    images are `pretrain`); `imagenet`, `imagenet100` (folders `train/` and `val/` under
+    `root/NAME`). Anything else is a path of a folder: with `train/` and `val/`, which hold class
+    folders; or with class folders, of which a fixed tenth of the images becomes `val`, the others
+    `train` and `pretrain`; or with images in any arrangement, without labels. Raises DataError.
     """
     names = ", ".join(["shapes", *ARCHIVES, *NAMED_FOLDERS])
     if name_or_path == "":

@@ -1,6 +1,5 @@
 """What the tests share: the scripts, devices, folders of images, runs of the command line."""
 
-import copy
 import importlib
 import os
 import runpy
@@ -122,7 +121,7 @@ def noise(count: int = 64, size: int = 16):
 
 @contextmanager
 def command_line(script: ModuleType, words: list[str], data=None):
-    """Within it `script` sees these words, these images and small heads, and a fresh parser."""
+    """Within it `script` sees these words, these images and small heads."""
     small = {"projector": [16, 8], "predictor": [16, 8]}
     if script.__name__ == "barlow_dimcl":
         small = {"projector": [16, 24]}
@@ -131,7 +130,6 @@ def command_line(script: ModuleType, words: list[str], data=None):
     with (
         mock.patch.object(sys, "argv", [script.__name__, *words]),
         mock.patch.object(script, "load_data", lambda *_: data),
-        mock.patch.object(script, "parser", copy.deepcopy(script.parser)),
         mock.patch.dict(script.PRESETS, small),
     ):
         yield

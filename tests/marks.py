@@ -15,7 +15,6 @@ adds the whole mean of the batch to each image. On 2026-11-28 (+-: two standard 
 """
 
 import argparse
-import copy
 import sys
 from pathlib import Path
 from unittest import mock
@@ -77,10 +76,7 @@ def main() -> None:
         script.DEVICE = torch.device("cpu")
         for layer in LAYERS:
             flags = f"{FLAGS} {sizes} --data {options.data} {layer}"
-            with (
-                mock.patch.object(sys, "argv", ["", *flags.split()]),
-                mock.patch.object(script, "parser", copy.deepcopy(script.parser)),
-            ):
+            with mock.patch.object(sys, "argv", ["", *flags.split()]):
                 args, data = script.configure()
             model = script.Method(script.build_backbone(args), args)
             for path, weight in model.named_parameters():

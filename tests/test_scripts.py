@@ -217,7 +217,6 @@ def test_a_folder_gets_the_preset_of_its_size(script, side, column, view, monkey
     """What a user gets who gives nothing but a folder."""
     monkeypatch.setattr(sys, "argv", ["x", "--data", "pictures"])
     monkeypatch.setattr(script, "load_data", lambda *_: noise(64, side))
-    monkeypatch.setattr(script, "parser", copy.deepcopy(script.parser))
     args, _ = script.configure()
     preset = {key: row[script.DATA_SETS.index(column)] for key, row in script.PRESETS.items()}
     assert args.preset == column and args.image_size == view
